@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Upload pending SecondMe telemetry: one file, standard library only, Python 3.6 or newer.
 
-A run takes five steps, and ends silently with exit code 0 at the first that says no:
+Five steps; a run ends silently, with exit code 0, at the first that says no:
 
   gate    consent (config, SM_TEL, DO_NOT_TRACK), then the access token
-  read    the events that the logs hold beyond those already accepted
+  read    the events in the logs beyond those already accepted
   shape   each event to the fields that its mode allows, up to 100 in a body
   send    POST the bodies to {baseUrl}/api/secondme/telemetry/events/batch
   record  after each accepted batch, how far the logs are done
 
-Under ~/.secondme it reads config, credentials, .device-id and analytics/{usage,feedback}.jsonl,
-and writes analytics/.sync-offsets alone. "Contract" is SecondMe's page "Telemetry Sync".
+Under ~/.secondme it reads config, credentials, .device-id, analytics/usage.jsonl and
+analytics/feedback.jsonl; it writes analytics/.sync-offsets. Flags: see --help. "Contract"
+is SecondMe's page "Telemetry Sync".
 """
 import io
 import json
@@ -30,18 +31,17 @@ except ImportError:  # not POSIX: nothing keeps two runs apart
 VERSION = "1.0.0"
 BASE_URL = "https://app.mindos.com/gate/lab"  # where config names none
 PATH = "/api/secondme/telemetry/events/batch"
-MODES = ("off", "anonymous", "community")  # from least to most consent
+MODES = "off", "anonymous", "community"  # from least to most consent
 
 BATCH_EVENTS = 100  # the contract's batch
 BODY_BYTES = 512 * 1024  # of a request; only a single event may be larger
-LINE_BYTES = 1024 * 1024  # a longer line is passed over: memory stays small
-FILE_BYTES = 1024 * 1024  # read of config and the like
+LINE_BYTES = 1024 * 1024  # of a log line, or a file like config: memory stays small
 ANSWER_BYTES = 64 * 1024  # read of an answer; a good one has some 20
 GUARD_BYTES = 256  # checksummed before an offset, to know the log again
-MAX_DIGITS = 308  # of an integer: float range, which any JSON reader takes
+MAX_DIGITS = 308  # of an integer: float range
 MAX_DEPTH = 64  # levels of nesting in an event
-REQUEST_SECONDS = 10  # a request in all; also the longest Retry-After
-RUN_SECONDS = 30  # a run in all, unless --max-time says otherwise
+REQUEST_SECONDS = 10  # one request; also the longest Retry-After
+RUN_SECONDS = 30  # one run, unless --max-time says otherwise
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # status: wait before the one retry
 
 OK, AUTH_FAILED, SERVER_ERROR, NETWORK_ERROR = "ok auth_failed server_error network_error".split()
@@ -60,6 +60,7 @@ ALLOWED = {(log, mode): [(field.strip("*"), DEFAULTS.get(field)) for field in fi
 Run = namedtuple("Run", "home folder environ deadline say clock")
 Gate = namedtuple("Gate", "mode source base_url config device_id token")
 Answer = namedtuple("Answer", "status retry_after body")
+NO_ANSWER = Answer(0, None, b"")
 
 
 class Stop(Exception):
@@ -69,10 +70,7 @@ class Stop(Exception):
 # Gate: who agreed to what, who is logged in, where it may go.
 
 def consent(config, environ):
-    """Return (mode, what decided it): the least that config, SM_TEL and DO_NOT_TRACK allow.
-
-    Contract: Prerequisites 1. What is not exactly one of MODES means off.
-    """
+    """Return (mode, what decided it), the least that is allowed. Contract: Prerequisites 1."""
     refused = environ.get("DO_NOT_TRACK", "") not in ("", "0", "false")
     votes = ((config.get("telemetry"), "config"),
              (environ.get("SM_TEL") or "community", "SM_TEL"),
@@ -82,39 +80,41 @@ def consent(config, environ):
 
 
 def open_regular(*path):
-    """Open a file for reading bytes, an empty one where it is missing; OSError if not regular."""
+    """Open a file to read bytes, an empty one where it is missing; OSError if not regular."""
     path = os.path.join(*path)
     if not os.path.lexists(path):
         return io.BytesIO()
     if not os.path.isfile(path):
-        raise OSError("not a regular file")  # opening a FIFO would wait
+        raise OSError("to open a FIFO is to wait")
     return open(path, "rb")
 
 
 def read_small(*path):
     """Return the bytes of a small file, none where it cannot be read."""
     with suppress(OSError), open_regular(*path) as file:
-        return file.read(FILE_BYTES)
+        return file.read(LINE_BYTES)
     return b""
+
+
+def read_object(*path):
+    return parse_object(read_small(*path)) or {}
+
+
+def is_printable(text):
+    return isinstance(text, str) and all("!" <= char <= "~" for char in text)
 
 
 def read_gate(run):
     """Return the Gate as it stands now; token is "" where none fits an HTTP header."""
-    text = read_small(run.home, "config")
-    config = parse_object(text) or {}
+    config = read_object(run.home, "config")
     mode, source = consent(config, run.environ)
-    base_url, token, device_id = config.get("baseUrl", BASE_URL), "", b""
+    token = device_id = ""
     if mode != "off":
-        token = (parse_object(read_small(run.home, "credentials")) or {}).get("accessToken")
-        token = token if isinstance(token, str) and is_printable(token) else ""
+        token = read_object(run.home, "credentials").get("accessToken")
     if mode == "community":
-        device_id = read_small(run.home, ".device-id")
-    device_id = device_id.decode("utf-8", "replace").strip()
-    return Gate(mode, source, base_url, text, device_id, token)
-
-
-def is_printable(text):
-    return all("!" <= char <= "~" for char in text)
+        device_id = read_small(run.home, ".device-id").decode("utf-8", "replace").strip()
+    return Gate(mode, source, config.get("baseUrl", BASE_URL), config, device_id,
+                token if is_printable(token) else "")
 
 
 def enter(run):
@@ -139,8 +139,8 @@ def parse_endpoint(base_url):
         clean = is_printable(base_url) and not set("@?#").intersection(base_url)
         if host and url.port != 0 and clean and (local or url.scheme == "https"):
             return url
-    raise Stop("baseUrl is refused: it takes https, or http to this machine itself, "
-               "and no user name, query or fragment")
+    raise Stop("baseUrl is refused: it must be https, or http to this machine itself, "
+               "without user name, query and fragment")
 
 
 # Read: from logs to events, line by line.
@@ -162,7 +162,6 @@ DECODER = json.JSONDecoder(
 
 
 def depth(value):
-    """Return the levels of nesting in a JSON value."""
     inner = value.values() if isinstance(value, dict) else value
     return 1 + max(map(depth, inner), default=0) if isinstance(value, (dict, list)) else 0
 
@@ -191,12 +190,12 @@ class Log:
         self.size = file.seek(0, os.SEEK_END)
         saved = state["resume"].get(name)
         offset = saved["bytes"] if saved else state[name + "_bytes"]
-        offset = offset if offset <= self.size else 0
         file.seek(max(0, offset - GUARD_BYTES))
         self.tail = file.read(min(offset, GUARD_BYTES))
-        if saved and zlib.crc32(self.tail) != saved["guard"]:
-            offset, self.tail = file.seek(0), b""
-        self.mark = {"bytes": offset, "guard": zlib.crc32(self.tail)}
+        guard = zlib.crc32(self.tail)
+        if offset > self.size or saved and guard != saved["guard"]:
+            offset, guard, self.tail = file.seek(0), 0, b""
+        self.mark = state["resume"][name] = {"bytes": offset, "guard": guard}
 
     def items(self):
         """Yield (log name, mark, bytes of the line, event); a line that is none is passed over.
@@ -223,7 +222,7 @@ class Log:
 
 @contextmanager
 def open_logs(run):
-    """Yield the state, and the logs opened where it says; one that cannot be read is left out."""
+    """Yield the state, and the logs where it says; one that cannot be read is left out."""
     state, logs = load_state(run), []
     with ExitStack() as files:
         for name in FIELDS:
@@ -286,13 +285,11 @@ def encode_body(gate, batch):
 # Send: one kept connection, one retry, bounded time.
 
 def classify(answer):
-    """Return the result that an Answer stands for, None (no answer) included.
-
-    Contract: Error Handling. Success is 2xx with a JSON object whose code is 0.
-    """
-    if answer and not 200 <= answer.status < 300:
-        return {401: AUTH_FAILED, 413: TOO_LARGE}.get(answer.status, SERVER_ERROR)
-    content = parse_object(answer.body) if answer else None
+    """Return the result of an Answer. Contract: Error Handling."""
+    if not 200 <= answer.status < 300:
+        known = {0: NETWORK_ERROR, 401: AUTH_FAILED, 413: TOO_LARGE}
+        return known.get(answer.status, SERVER_ERROR)
+    content = parse_object(answer.body)
     if content is None:
         return NETWORK_ERROR
     code = content.get("code")
@@ -302,16 +299,16 @@ def classify(answer):
 def retry_delay(answer, now):
     """Return the seconds to wait before a retry, None where the answer calls for none.
 
-    Retry-After (of a 429) is seconds or an HTTP-date; now is in seconds since the epoch.
+    Retry-After, of a 429, is seconds or an HTTP-date; now is seconds since the epoch.
     """
-    delay = RETRY_SECONDS.get(answer.status) if answer else None
-    if delay is None or answer.status != 429:
-        return delay
-    import email.utils
-    with suppress(TypeError, ValueError, OverflowError):
-        date = email.utils.parsedate_tz(answer.retry_after)
-        delay = email.utils.mktime_tz(date) - now if date else int(answer.retry_after)
-    return min(max(delay, 0), REQUEST_SECONDS)
+    delay = RETRY_SECONDS.get(answer.status)
+    if answer.status == 429:
+        import email.utils
+        with suppress(TypeError, ValueError, OverflowError):
+            date = email.utils.parsedate_tz(answer.retry_after)
+            delay = email.utils.mktime_tz(date) - now if date else int(answer.retry_after)
+        delay = min(max(delay, 0), REQUEST_SECONDS)
+    return delay
 
 
 def open_connection(url):
@@ -333,85 +330,78 @@ def open_connection(url):
         hop.hostname, hop.port, timeout=REQUEST_SECONDS, context=ssl.create_default_context())
     if proxy:
         login = urllib.parse.unquote("%s:%s" % (hop.username, hop.password)).encode()
-        connection.set_tunnel(url.hostname, url.port, {
-            "Proxy-Authorization": "Basic " + base64.b64encode(login).decode()}
-            if hop.username and hop.password else {})
+        login = {"Proxy-Authorization": "Basic " + base64.b64encode(login).decode()}
+        connection.set_tunnel(url.hostname, url.port, login if hop.password else {})
     return connection
 
 
-def exchange(connection, path, token, body):
-    """Make one request on a kept connection; return the Answer."""
-    import select
-    if connection.sock and select.select([connection.sock], [], [], 0)[0]:
-        connection.close()  # the server has closed it: start anew
-    connection.request("POST", path, body, {
-        "Authorization": "Bearer " + token, "Content-Type": "application/json",
-        "User-Agent": "secondme_sync/" + VERSION})
-    response = connection.getresponse()
-    content = response.read(ANSWER_BYTES)
-    if not response.isclosed():
-        connection.close()
-    return Answer(response.status, response.getheader("Retry-After"), content)
-
-
 class Sender:
-    """Posts bodies, in bounded time.
+    """Posts batches over one kept connection, and notes in state what is accepted."""
 
-    Requests are made in a thread, left behind when the time is up: nothing else ends a hung
-    DNS lookup, or a server that drips its answer.
-    """
-
-    def __init__(self, run, gate):
-        import queue
+    def __init__(self, run, gate, state, fd):
         import threading
-        self.run, self.gate = run, gate
-        self.bodies, self.answered, self.answer = queue.Queue(), threading.Event(), None
-        threading.Thread(target=self.work, daemon=True).start()
+        self.run, self.gate, self.state, self.fd = run, gate, state, fd
+        self.connection, self.due = None, float("inf")
+        threading.Thread(target=self.supervise, daemon=True).start()
 
-    def work(self):
-        """Make a request for each of bodies, until None comes."""
-        connection = None
-        for body in iter(self.bodies.get, None):
-            try:
-                if not connection:
-                    url = parse_endpoint(self.gate.base_url)
-                    connection = open_connection(url)
-                self.answer = exchange(connection, url.path, self.gate.token, body)
-            except Exception as error:  # whatever it is, there is no answer
-                # only our own text is printed: another might hold the token
-                self.run.say(str(error) if isinstance(error, Stop) else type(error).__name__)
-                self.answer = None
-            self.answered.set()
-        if connection:
-            connection.close()
-
-    def attempt(self, body):
-        """Return the Answer to one request, None where there is none in time."""
-        self.answered.clear()
-        self.bodies.put(body)
-        return self.answer if self.answered.wait(min(REQUEST_SECONDS, self.left())) else None
-
-    def left(self):
-        return self.run.deadline - self.run.clock.monotonic()
+    def supervise(self):
+        """End the process when a request is overdue: a hung DNS lookup ends no other way."""
+        while self.run.clock.monotonic() < self.due:
+            time.sleep(0.1)
+        save_state(self.run, self.state, NETWORK_ERROR, self.fd)
+        os._exit(0)
 
     def post(self, body):
         """Post a body, with the contract's one retry; return the result."""
         for last in (False, True):
-            if read_small(self.run.home, "config") != self.gate.config:
+            if read_object(self.run.home, "config") != self.gate.config:
                 raise Stop("config has changed")  # consent may have been withdrawn
-            answer = self.attempt(body)
+            left = self.run.deadline - self.run.clock.monotonic()
+            if left <= 0:
+                return NETWORK_ERROR
+            answer = self.request(body, min(left, REQUEST_SECONDS))
             result, delay = classify(answer), retry_delay(answer, self.run.clock.time())
-            self.run.say("%d bytes: %s, %s" % (
-                len(body), "HTTP %d" % answer.status if answer else "no answer", result))
+            self.run.say("%d bytes: HTTP status %d, %s" % (len(body), answer.status, result))
             if delay is None or last:
                 return result
-            if delay >= self.left():
-                return NETWORK_ERROR
             self.run.say("trying once more in %d s" % delay)
-            self.run.clock.sleep(delay)
+            self.run.clock.sleep(min(delay, left))
+
+    def request(self, body, seconds):
+        """Make one request; return its Answer."""
+        import http.client
+        self.due = self.run.clock.monotonic() + seconds
+        try:
+            return self.exchange(body)
+        except (OSError, http.client.HTTPException, ValueError, Stop) as error:
+            # only our own text is shown: another might hold the token
+            self.run.say(str(error) if isinstance(error, Stop) else type(error).__name__)
+            return NO_ANSWER
+        finally:
+            self.due = float("inf")
+
+    def exchange(self, body):
+        import select
+        url = parse_endpoint(self.gate.base_url)
+        link = self.connection = self.connection or open_connection(url)
+        if link.sock and select.select([link.sock], [], [], 0)[0]:
+            link.close()  # the server has closed it: start anew
+        link.request("POST", url.path, body, {
+            "Authorization": "Bearer " + self.gate.token, "Content-Type": "application/json",
+            "User-Agent": "secondme_sync/" + VERSION})
+        response = link.getresponse()
+        content = response.read(ANSWER_BYTES)
+        if not response.isclosed():
+            link.close()
+        return Answer(response.status, response.getheader("Retry-After"), content)
+
+    def accept(self, batch):
+        self.state["resume"].update({log: mark for log, mark, _ in batch})
+        save_state(self.run, self.state)
 
     def close(self):
-        self.bodies.put(None)
+        if self.connection:
+            self.connection.close()
 
 
 def deliver(batches, gate, post, accept):
@@ -425,8 +415,8 @@ def deliver(batches, gate, post, accept):
         if result == OK:
             accept(batch)
         elif result == TOO_LARGE:
-            result = SERVER_ERROR if not half else deliver(
-                (batch[:half], batch[half:]), gate, post, accept)
+            halves = batch[:half], batch[half:]
+            result = deliver(halves, gate, post, accept) if half else SERVER_ERROR
         if result != OK:
             return result
     return OK
@@ -436,25 +426,23 @@ def deliver(batches, gate, post, accept):
 
 def load_state(run):
     """Return the state: the contract's four keys, and resume with a mark (see Log) per log."""
-    saved = parse_object(read_small(run.folder, ".sync-offsets")) or {}
-    state = {name + "_bytes": whole(saved.get(name + "_bytes")) for name in FIELDS}
+    saved = read_object(run.folder, ".sync-offsets")
+    state = {name + "_bytes": whole(saved, name + "_bytes") for name in FIELDS}
     state.update({key: saved.get(key) for key in ("last_sync_ts", "last_sync_result")})
     marks = saved.get("resume")
     marks = marks if isinstance(marks, dict) else {}
-    state["resume"] = {name: {key: whole(marks[name].get(key)) for key in ("bytes", "guard")}
+    state["resume"] = {name: {key: whole(marks[name], key) for key in ("bytes", "guard")}
                        for name in FIELDS if isinstance(marks.get(name), dict)}
     return state
 
 
-def whole(value):
+def whole(mapping, key):
+    value = mapping.get(key)
     return value if type(value) is int and value >= 0 else 0
 
 
 def save_state(run, state, result=None, fd=None):
-    """Replace the state file, with the result where a run ends; Stop if that fails.
-
-    With fd, the folder's descriptor, both are flushed to disk.
-    """
+    """Replace the state file; a run ends with a result, and with fd, its folder's, flushed."""
     if result or not state["last_sync_result"]:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.clock.time()))
         state.update(last_sync_ts=now, last_sync_result=result or NETWORK_ERROR)
@@ -475,15 +463,7 @@ def save_state(run, state, result=None, fd=None):
     except OSError as error:
         with suppress(OSError):
             os.unlink(temp)
-        raise Stop("progress cannot be recorded (%s)" % os.strerror(error.errno))
-
-
-def record(run, state, logs, result, fd):
-    """End a run: *_bytes move where all is done."""
-    for log in logs if result == OK else ():
-        state["resume"][log.name] = log.mark
-        state[log.name + "_bytes"] = log.mark["bytes"]
-    save_state(run, state, result, fd)
+        raise Stop("progress cannot be recorded: " + os.strerror(error.errno))
 
 
 @contextmanager
@@ -509,26 +489,28 @@ def sync(run):
     with lock(run) as fd, open_logs(run) as (state, logs):
         batches = make_batches(read_items(logs), gate.mode)
         first, result = next(batches, None), OK
-
-        def accept(batch):
-            state["resume"].update({log: mark for log, mark, _ in batch})
-            save_state(run, state)
-
         if first:
             save_state(run, state)  # who cannot record must not send
-            with closing(Sender(run, gate)) as sender:
-                result = deliver(chain([first], batches), gate, sender.post, accept)
+            with closing(Sender(run, gate, state, fd)) as sender:
+                result = deliver(chain([first], batches), gate, sender.post, sender.accept)
         elif not is_behind(state, logs):
             raise Stop("nothing is pending")
-        record(run, state, logs, result, fd)
+        finish(run, state, logs, result, fd)
+
+
+def finish(run, state, logs, result, fd):
+    """Record the end of a run: *_bytes move where all is done."""
+    for log in logs if result == OK else ():
+        state["resume"][log.name] = log.mark
+        state[log.name + "_bytes"] = log.mark["bytes"]
+    save_state(run, state, result, fd)
     run.say("result: " + result)
 
 
 def dry_run(run):
-    """print the bodies that would be posted now; send and change nothing"""
-    gate = enter(run)
+    """print the bodies that would be posted now; change nothing"""
+    gate, counts = enter(run), Counter()
     url = parse_endpoint(gate.base_url).geturl()
-    counts = Counter()
 
     def show(body):
         if sys.stdout.isatty():
@@ -539,13 +521,11 @@ def dry_run(run):
     with open_logs(run) as (_, logs):
         deliver(make_batches(read_items(logs), gate.mode), gate, show,
                 lambda batch: counts.update(log for log, _, _ in batch))
-    if not counts:
-        raise Stop("nothing is pending")
     run.say("%s mode, to %s: %s" % (gate.mode, url, describe(counts)))
 
 
 def describe(counts):
-    return ", ".join("%d %s" % (counts[name], name) for name in FIELDS) + " events"
+    return ", ".join("%d %s" % (counts[log], log) for log in FIELDS) + " events"
 
 
 def status(run):
@@ -556,21 +536,21 @@ def status(run):
     except Stop as stop:
         endpoint = str(stop)
     with open_logs(run) as (state, logs):
-        print("telemetry:  %s (decided by %s)" % (gate.mode, gate.source))
-        print("endpoint:   " + endpoint)
-        print("logged in:  " + ("yes" if gate.token else "no"))
-        print("pending:    " + describe(Counter(item[0] for item in read_items(logs))))
-        print("last sync:  " + ("%(last_sync_result)s at %(last_sync_ts)s" % state
-                                if state["last_sync_result"] else "never"))
+        counts = Counter(item[0] for item in read_items(logs))
+    last = "%(last_sync_result)s at %(last_sync_ts)s" % state
+    print("telemetry: %s (decided by %s)" % (gate.mode, gate.source))
+    print("endpoint:  " + endpoint)
+    print("logged in: " + ("yes" if gate.token else "no"))
+    print("pending:   " + describe(counts))
+    print("last sync: " + (last if state["last_sync_result"] else "never"))
 
 
 def pending(run):
-    """print yes or no: is there something to sync"""
+    """print yes or no: is there something to do"""
     print("yes" if has_work(run) else "no")
 
 
 def has_work(run):
-    """Tell whether sync would send or record something."""
     with suppress(Stop):
         enter(run)
         with open_logs(run) as (state, logs):
@@ -585,12 +565,12 @@ def skip_pending(run):
         if len(logs) < len(FIELDS):
             raise Stop("a log cannot be read")
         if counts or is_behind(state, logs):
-            record(run, state, logs, OK, fd)
+            finish(run, state, logs, OK, fd)
     print("never to be sent: " + describe(counts))
 
 
 def background(run):
-    """sync in a process of its own and return at once"""
+    """sync in a process of its own; return at once"""
     if has_work(run) and (not hasattr(os, "fork") or detach()):
         sync(run)
 
@@ -602,7 +582,7 @@ def detach():
     os.setsid()
     os.chdir(os.sep)
     os.closerange(0, 1024)
-    for _ in range(3):  # standard input, output, error
+    for _ in range(3):
         os.open(os.devnull, os.O_RDWR)
     return True
 
@@ -615,19 +595,17 @@ def parse_args(argv):
         group.add_argument("--" + action.__name__.replace("_", "-"), dest="action", const=action,
                            action="store_const", default=sync, help=action.__doc__)
     parser.add_argument("--max-time", type=float, default=RUN_SECONDS, metavar="S",
-                        help="seconds that the whole run may take (default: %(default)s)")
+                        help="seconds for the whole run (default: %(default)s)")
     parser.add_argument("--dir", metavar="D", help="state directory (default: ~/.secondme)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr what happens")
     parser.add_argument("--version", action="version", version="secondme_sync " + VERSION)
     args = parser.parse_args(argv)
-    if not 0 < args.max_time < 1e6:
-        parser.error("--max-time is a number of seconds above 0")
     return args.action, args.dir, args.max_time, args.verbose
 
 
 def say(text):
     if sys.stderr:
-        print("secondme_sync: " + text, file=sys.stderr)
+        print("secondme_sync: " + text, file=sys.stderr, flush=True)
 
 
 def main(argv=None):
@@ -650,7 +628,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     code = main()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):
-            stream.flush()
-    os._exit(code)  # at once: a request may still hang
+    with suppress(AttributeError, OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)  # without a second try to flush, which would show an error
