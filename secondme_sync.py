@@ -9,8 +9,8 @@ Five steps; a run ends silently, with exit code 0, at the first that says no:
   send    by POST to {baseUrl}/api/secondme/telemetry/events/batch
   record  after each accepted body, how far the logs are done
 
-Under ~/.secondme it reads config, credentials, .device-id, analytics/{usage,feedback}.jsonl
-and writes analytics/.sync-offsets. Flags: --help. Contract: SecondMe's "Telemetry Sync".
+In ~/.secondme it reads config, credentials, .device-id, analytics/{usage,feedback}.jsonl
+and writes analytics/.sync-offsets. Contract: SecondMe's "Telemetry Sync".
 """
 import json
 import os
@@ -22,23 +22,23 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 
 try:
     import fcntl
-except ImportError:  # not POSIX: nothing keeps two runs apart
+except ImportError:  # not POSIX: no lock
     fcntl = None
 
 VERSION = "1.0.0"
-BASE_URL = "https://app.mindos.com/gate/lab"  # where config names none
+BASE_URL = "https://app.mindos.com/gate/lab"  # unless config has one
 PATH = "/api/secondme/telemetry/events/batch"
 MODES = "off", "anonymous", "community"  # from least to most consent
 
 BATCH_EVENTS = 100
 BODY_BYTES = 512 * 1024  # a single event may be larger
-LINE_BYTES = 1024 * 1024  # of a log line or small file: memory stays small
+LINE_BYTES = 1024 * 1024  # of a log line or a small file
 ANSWER_BYTES = 64 * 1024  # read of an answer
 GUARD_BYTES = 256  # before an offset, to know the log again
 MAX_DEPTH = 64  # of nesting in an event
 REQUEST_SECONDS = 10  # one request; also the longest Retry-After
-RUN_SECONDS = 30  # one run, unless --max-time is given
-RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # status: wait before the one retry
+RUN_SECONDS = 30  # one run; see --max-time
+RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # before the one retry
 
 FIELDS = {  # per log, in sending order; * is for community mode alone
     "usage": "skill ts version os arch *session event duration_s outcome error_class "
@@ -62,59 +62,50 @@ class Stop(Exception):
 
 def consent(config, environ):
     """Return the least (mode, source) that is allowed. Contract: Prerequisites 1."""
-    refused = environ.get("DO_NOT_TRACK", "") not in ("", "0", "false")
-    votes = {"config": config.get("telemetry"),
-             "SM_TEL": environ.get("SM_TEL") or "community",
-             "DO_NOT_TRACK": "off" if refused else "community"}
+    free = environ.get("DO_NOT_TRACK", "") in ("", "0", "false")
+    votes = {"config": config.get("telemetry"), "SM_TEL": environ.get("SM_TEL") or "community",
+             "DO_NOT_TRACK": "community" if free else "off"}
     ranks = {name: MODES.index(mode) if mode in MODES else 0 for name, mode in votes.items()}
     source = min(ranks, key=ranks.get)
     return MODES[ranks[source]], source
 
 
 def open_regular(*path):
-    """Open a file for reading, an empty one if it is missing; OSError if it is not regular."""
+    """Open a file to read, an empty one if it is missing; OSError if not regular."""
     path = os.path.join(*path)
     if not os.path.lexists(path):
         path = os.devnull
     elif not os.path.isfile(path):
-        raise OSError("to open a FIFO is to wait")
+        raise OSError("a FIFO would block")
     return open(path, "rb")
 
 
 def read_small(*path):
-    """Return the bytes of a small file, none if it cannot be read."""
+    """Return the bytes of a small file, none if unreadable."""
     with suppress(OSError), open_regular(*path) as file:
         return file.read(LINE_BYTES)
     return b""
 
 
 def printable(text):
-    """Return text if it is printable ASCII without spaces, as headers and URLs want, else ""."""
+    """Return text if it is printable ASCII without spaces, else ""."""
     return text if isinstance(text, str) and all("!" <= char <= "~" for char in text) else ""
 
 
-def read_gate(run):
-    """Return the Gate as it stands now."""
+def read_gate(run, strict=True):
+    """Return the Gate; if strict, Stop without consent or token. Contract: Prerequisites 1, 2."""
     text = read_small(run.home, "config")
     config = parse_object(text) or {}
     mode, source = consent(config, run.environ)
-    token, device_id = "", b""
-    if mode != "off":
-        token = (parse_object(read_small(run.home, "credentials")) or {}).get("accessToken")
-    if mode == "community":
-        device_id = read_small(run.home, ".device-id")
-    return Gate(mode, source, config.get("baseUrl", BASE_URL), text, printable(token),
-                printable(device_id.decode("utf-8", "replace").strip()))
-
-
-def enter(run):
-    """Return the Gate; Stop without consent or token. Contract: Prerequisites 1, 2."""
-    gate = read_gate(run)
-    if gate.mode == "off":
-        raise Stop(f"telemetry is off (decided by {gate.source})")
-    if not gate.token:
+    if strict and mode == "off":
+        raise Stop(f"telemetry is off (decided by {source})")
+    credentials = parse_object(read_small(run.home, "credentials")) or {}
+    token = printable(credentials.get("accessToken"))
+    if strict and not token:
         raise Stop("not logged in")
-    return gate
+    device_id = read_small(run.home, ".device-id") if mode == "community" else b""
+    return Gate(mode, source, config.get("baseUrl", BASE_URL), text, token,
+                printable(device_id.decode("utf-8", "replace").strip()))
 
 
 def parse_endpoint(base_url):
@@ -129,8 +120,7 @@ def parse_endpoint(base_url):
         clean = printable(base_url) and not set("@?#").intersection(base_url)
         if safe and clean and host and url.port != 0:
             return url
-    raise Stop("baseUrl must be https, or http to this machine itself, "
-               "without user name, query and fragment")
+    raise Stop("baseUrl must be https (http: this machine only) with no user, query or fragment")
 
 
 # Read: logs to events.
@@ -152,25 +142,25 @@ def depth(value):
 
 
 def parse_object(data, errors="strict"):
-    """Return the JSON object in data (bytes), None if it is no strict and sane one."""
+    """Return the JSON object in data (bytes), None if there is no strict and sane one."""
     try:
         text = data.decode("utf-8", errors).strip("\ufeff \t\r\n")
         value, end = DECODER.raw_decode(text)
-        brackets = data.count(b"{") + data.count(b"[")
-        sane = end == len(text) and (brackets <= MAX_DEPTH or depth(value) <= MAX_DEPTH)
+        flat = data.count(b"{") + data.count(b"[") <= MAX_DEPTH
+        sane = end == len(text) and (flat or depth(value) <= MAX_DEPTH)
     except (ValueError, RecursionError):
         return None
     return value if sane and isinstance(value, dict) else None
 
 
 class Log:
-    """An open log, up to its end as found; mark is how far it is read.
+    """An open log, up to its end as found.
 
-    A mark is {"bytes": offset, "guard": CRC-32 of up to GUARD_BYTES before it}.
+    mark, how far it is read: {"bytes": offset, "guard": CRC-32 of the bytes before it}.
     """
 
     def __init__(self, name, file, state):
-        """Start where state says, or at 0 if the guard does not match: it is another log."""
+        """Start where state says, or at 0 if the guard shows another log."""
         self.name, self.file = name, file
         self.size = file.seek(0, os.SEEK_END)
         offset, saved = state["resume"][name]["bytes"], state["resume"][name]["guard"]
@@ -182,10 +172,7 @@ class Log:
         self.mark = state["resume"][name] = {"bytes": offset, "guard": guard}
 
     def items(self):
-        """Yield (mark, bytes of the line, event); a line that is none is passed over.
-
-        A last line without newline waits for its rest, unless it is a whole event.
-        """
+        """Yield (mark, bytes of the line, event); a torn last line waits for its rest."""
         offset, tail, skipping = self.mark["bytes"], self.tail, False
         self.file.seek(offset)
         while offset < self.size:
@@ -206,11 +193,11 @@ class Log:
 
 
 @contextmanager
-def open_logs(run, exclusive=False):
-    """Yield the state and the logs that can be read; if exclusive, the locked folder too."""
+def open_logs(run, locked=False):
+    """Yield (state, readable logs, fd of the folder if it is to be locked)."""
     fd = None
     with ExitStack() as stack:
-        if exclusive and fcntl and os.path.isdir(run.folder):
+        if locked and fcntl and os.path.isdir(run.folder):
             fd = os.open(run.folder, os.O_RDONLY)
             stack.callback(os.close, fd)
             try:
@@ -291,20 +278,20 @@ def classify(status, body):
     return "ok" if code == 0 and type(code) is int else "server_error"
 
 
-def retry_delay(status, retry_after, now):
+def retry_delay(status, after, now):
     """Return the seconds to wait before a retry, None for no retry; now is epoch seconds."""
     delay = RETRY_SECONDS.get(status)
     if status == 429:
         import email.utils
         with suppress(TypeError, ValueError, OverflowError):
-            date = email.utils.parsedate_tz(retry_after)
-            delay = email.utils.mktime_tz(date) - now if date else int(retry_after)
+            date = email.utils.parsedate_tz(after)
+            delay = email.utils.mktime_tz(date) - now if date else int(after)
         delay = min(max(delay, 0), REQUEST_SECONDS)
     return delay
 
 
 def open_connection(url):
-    """Return a connection to url; a proxy that urllib finds sees but the TLS tunnel."""
+    """Return a connection to url; a proxy, as urllib finds it, sees but a TLS tunnel."""
     import http.client
     if url.scheme == "http":
         return http.client.HTTPConnection(url.hostname, url.port, timeout=REQUEST_SECONDS)
@@ -314,41 +301,41 @@ def open_connection(url):
     if proxy and urllib.request.proxy_bypass(url.netloc):
         proxy = None
     hop = urllib.parse.urlsplit(proxy if "://" in proxy else "//" + proxy) if proxy else url
-    connection = http.client.HTTPSConnection(hop.hostname, hop.port, timeout=REQUEST_SECONDS)
+    link = http.client.HTTPSConnection(hop.hostname, hop.port, timeout=REQUEST_SECONDS)
     if proxy:
-        login = urllib.parse.unquote(f"{hop.username}:{hop.password}").encode()
-        login = {"Proxy-Authorization": "Basic " + base64.b64encode(login).decode()}
-        connection.set_tunnel(url.hostname, url.port, login if hop.password else {})
-    return connection
+        login = base64.b64encode(urllib.parse.unquote(f"{hop.username}:{hop.password}").encode())
+        headers = {"Proxy-Authorization": "Basic " + login.decode()} if hop.password else {}
+        link.set_tunnel(url.hostname, url.port, headers)
+    return link
 
 
 class Sender:
-    """Posts bodies over one kept connection, and ends the process when its time is up."""
+    """Posts bodies over one connection; ends the process when time is up."""
 
     def __init__(self, run, gate):
         import threading
         self.run, self.gate, self.due = run, gate, run.deadline
         self.url = parse_endpoint(gate.base_url)
-        self.connection = open_connection(self.url)
-        threading.Thread(target=self.supervise, daemon=True).start()
+        self.link = open_connection(self.url)
+        threading.Thread(target=self.watch, daemon=True).start()
 
-    def supervise(self):
-        """Watch the time: nothing else ends a hung DNS lookup, or a server that drips."""
+    def watch(self):
+        """Keep the time: nothing else ends a hung DNS lookup or a dripping server."""
         while self.run.clock.monotonic() < self.due:
             time.sleep(0.1)
         if self.due:
             os._exit(0)
 
     def post(self, body):
-        """Post a body, with the contract's one retry; return the result."""
+        """Post a body, once more if the contract says so; return the result."""
         clock, say = self.run.clock, self.run.say
         for last in (False, True):
             if read_small(self.run.home, "config") != self.gate.config:
                 raise Stop("config has changed")  # consent may have been withdrawn
             self.due = min(clock.monotonic() + REQUEST_SECONDS, self.run.deadline)
-            status, retry_after, answer = self.request(body)
+            status, after, answer = self.request(body)
             self.due = self.run.deadline
-            result, delay = classify(status, answer), retry_delay(status, retry_after, clock.time())
+            result, delay = classify(status, answer), retry_delay(status, after, clock.time())
             say(f"{len(body)} bytes: HTTP status {status}, {result}")
             if delay is None or last:
                 return result
@@ -356,13 +343,13 @@ class Sender:
             clock.sleep(delay)
 
     def request(self, body):
-        """Make one request; return (status, Retry-After, body), with status 0 if it fails."""
+        """Return (status, Retry-After, body) of one request, status 0 if it fails."""
         import http.client
         import select
-        link = self.connection
+        link = self.link
         try:
             if link.sock and select.select([link.sock], [], [], 0)[0]:
-                link.close()  # the server has closed it: connect anew
+                link.close()  # closed by the server
             link.request("POST", self.url.path, body, {
                 "Authorization": "Bearer " + self.gate.token, "Content-Type": "application/json",
                 "User-Agent": "secondme_sync/" + VERSION})
@@ -377,11 +364,11 @@ class Sender:
 
     def close(self):
         self.due = 0
-        self.connection.close()
+        self.link.close()
 
 
 def deliver(batches, gate, post, accept):
-    """Post batches, halved if too large, and accept them, until one fails; return the result."""
+    """Post and accept batches, halved if too large, until one fails; return the result."""
     for batch in batches:
         body, half = encode_body(gate, batch), len(batch) // 2
         result = "too_large" if half and len(body) > BODY_BYTES else post(body)
@@ -395,10 +382,10 @@ def deliver(batches, gate, post, accept):
     return "ok"
 
 
-# Record: how far the logs are done.
+# Record: results to state.
 
 def load_state(run):
-    """Return the state: the contract's four keys, and resume, a mark per log."""
+    """Return the state: the contract's four keys, and resume: a mark per log."""
     saved = parse_object(read_small(run.folder, ".sync-offsets")) or {}
     state = {key: saved.get(key) for key in ("last_sync_ts", "last_sync_result")}
     state["resume"] = {}
@@ -448,15 +435,14 @@ def finish(run, state, logs, result, fd):
         state["resume"][log.name] = log.mark
         state[log.name + "_bytes"] = log.mark["bytes"]
     save_state(run, state, result, fd)
-    run.say("result: " + result)
 
 
 # The run, and the command line.
 
 def sync(run):
     """send what is pending"""
-    gate = enter(run)
-    with open_logs(run, exclusive=True) as (state, logs, fd):
+    gate = read_gate(run)
+    with open_logs(run, locked=True) as (state, logs, fd):
         if not is_pending(state, logs):
             raise Stop("nothing is pending")
         save_state(run, state, "network_error")  # until the end; who cannot record must not send
@@ -472,12 +458,12 @@ def sync(run):
 
 def dry_run(run):
     """print the bodies that would be posted now; change nothing"""
-    gate, counts = enter(run), Counter()
+    gate, counts = read_gate(run), Counter()
     url = parse_endpoint(gate.base_url).geturl()
 
     def show(body):
         if sys.stdout.isatty():
-            body = json.dumps(json.loads(body.decode()), indent=2, ensure_ascii=False).encode()
+            body = json.dumps(json.loads(body), indent=2, ensure_ascii=False).encode()
         sys.stdout.buffer.write(body + b"\n")
         return "ok"
 
@@ -488,12 +474,12 @@ def dry_run(run):
 
 
 def describe(counts):
-    return ", ".join(f"{counts[log]} {log}" for log in FIELDS) + " events"
+    return ", ".join(f"{counts[name]} {name}" for name in FIELDS) + " events"
 
 
 def status(run):
     """say how things stand"""
-    gate = read_gate(run)
+    gate = read_gate(run, strict=False)
     try:
         endpoint = parse_endpoint(gate.base_url).geturl()
     except Stop as stop:
@@ -512,7 +498,7 @@ def pending(run):
 
 def has_work(run):
     with suppress(Stop):
-        enter(run)
+        read_gate(run)
         with open_logs(run) as (state, logs, _):
             return is_pending(state, logs)
     return False
@@ -520,7 +506,7 @@ def has_work(run):
 
 def skip_pending(run):
     """mark all that is logged so far as never to be sent"""
-    with open_logs(run, exclusive=True) as (state, logs, fd):
+    with open_logs(run, locked=True) as (state, logs, fd):
         counts = count(logs)
         if len(logs) < len(FIELDS):
             raise Stop("a log cannot be read")
@@ -536,7 +522,7 @@ def background(run):
 
 
 def detach():
-    """Return True in a new process with a session and null streams of its own."""
+    """Return True in a new process, detached from the caller's."""
     if os.fork():
         return False
     os.setsid()
@@ -555,7 +541,7 @@ def parse_args(argv):
         group.add_argument("--" + action.__name__.replace("_", "-"), dest="action", const=action,
                            action="store_const", default=sync, help=action.__doc__)
     parser.add_argument("--max-time", type=float, default=RUN_SECONDS, metavar="S",
-                        help="seconds for the whole run (default: %(default)s)")
+                        help="seconds for a run (default: %(default)s)")
     parser.add_argument("--dir", metavar="D", help="state directory (default: ~/.secondme)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr what happens")
     parser.add_argument("--version", action="version", version="secondme_sync " + VERSION)
@@ -580,12 +566,12 @@ def main(argv):
     except Stop as stop:
         run.say(f"nothing is sent: {stop}")
     except (Exception, KeyboardInterrupt) as error:  # the last resort: never a visible error
-        run.say("stopped: " + type(error).__name__)  # its text might hold the token
+        run.say("stopped: " + type(error).__name__)
     return int(action is skip_pending)
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    with suppress(AttributeError, OSError, ValueError):
+    with suppress(Exception):
         sys.stdout.flush()
-    os._exit(code)  # no second try to flush: it would show an error
+    os._exit(code)  # another flush could fail aloud
