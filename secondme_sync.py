@@ -26,14 +26,14 @@ except ImportError:  # not POSIX: no lock
     fcntl = None
 
 VERSION = "1.0.0"
-BASE_URL = "https://app.mindos.com/gate/lab"  # unless config has one
+BASE_URL = "https://app.mindos.com/gate/lab"  # by default
 PATH = "/api/secondme/telemetry/events/batch"
 MODES = "off", "anonymous", "community"  # from least to most consent
 
 BATCH_EVENTS = 100
-BODY_BYTES = 512 * 1024  # a single event may be larger
-LINE_BYTES = 1024 * 1024  # of a log line or a small file
-ANSWER_BYTES = 64 * 1024  # read of an answer
+BODY_BYTES = 1 << 19  # a single event may be larger
+LINE_BYTES = 1 << 20  # of a log line or a small file
+ANSWER_BYTES = 1 << 16  # read of an answer
 GUARD_BYTES = 256  # before an offset, to know the log again
 MAX_DEPTH = 64  # of nesting in an event
 REQUEST_SECONDS = 10  # one request; also the longest Retry-After
@@ -104,8 +104,9 @@ def read_gate(run, strict=True):
     if strict and not token:
         raise Stop("not logged in")
     device_id = read_small(run.home, ".device-id") if mode == "community" else b""
+    device_id = device_id.decode("utf-8", "replace").strip()
     return Gate(mode, source, config.get("baseUrl", BASE_URL), text, token,
-                printable(device_id.decode("utf-8", "replace").strip()))
+                "" if "\ufffd" in device_id else device_id)
 
 
 def parse_endpoint(base_url):
@@ -163,7 +164,10 @@ class Log:
         """Start where state says, or at 0 if the guard shows another log."""
         self.name, self.file = name, file
         self.size = file.seek(0, os.SEEK_END)
-        offset, saved = state["resume"][name]["bytes"], state["resume"][name]["guard"]
+        try:
+            offset, saved = whole(state["resume"][name]["bytes"]), state["resume"][name]["guard"]
+        except (KeyError, TypeError):  # an older script wrote it
+            offset, saved = state[name + "_bytes"], None
         file.seek(max(0, offset - GUARD_BYTES))
         self.tail = file.read(min(offset, GUARD_BYTES))
         guard = zlib.crc32(self.tail)
@@ -294,18 +298,18 @@ def open_connection(url):
     """Return a connection to url; a proxy, as urllib finds it, sees but a TLS tunnel."""
     import http.client
     if url.scheme == "http":
-        return http.client.HTTPConnection(url.hostname, url.port, timeout=REQUEST_SECONDS)
+        return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=REQUEST_SECONDS)
     import base64
     import urllib.request
     proxy = urllib.request.getproxies().get("https")
-    if proxy and urllib.request.proxy_bypass(url.netloc):
+    if urllib.request.proxy_bypass(url.netloc):
         proxy = None
     hop = urllib.parse.urlsplit(proxy if "://" in proxy else "//" + proxy) if proxy else url
-    link = http.client.HTTPSConnection(hop.hostname, hop.port, timeout=REQUEST_SECONDS)
+    link = http.client.HTTPSConnection(hop.hostname, hop.port or 443, timeout=REQUEST_SECONDS)
     if proxy:
         login = base64.b64encode(urllib.parse.unquote(f"{hop.username}:{hop.password}").encode())
         headers = {"Proxy-Authorization": "Basic " + login.decode()} if hop.password else {}
-        link.set_tunnel(url.hostname, url.port, headers)
+        link.set_tunnel(url.hostname, url.port or 443, headers)
     return link
 
 
@@ -353,11 +357,11 @@ class Sender:
             link.request("POST", self.url.path, body, {
                 "Authorization": "Bearer " + self.gate.token, "Content-Type": "application/json",
                 "User-Agent": "secondme_sync/" + VERSION})
-            response = link.getresponse()
-            answer = response.read(ANSWER_BYTES)
-            if not response.isclosed():
+            reply = link.getresponse()
+            answer = reply.read(ANSWER_BYTES)
+            if not reply.isclosed():  # cut short, or endless
                 link.close()
-            return response.status, response.getheader("Retry-After"), answer
+            return reply.status, reply.getheader("Retry-After"), b"" if reply.length else answer
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.run.say(type(error).__name__)  # its text might hold the token
             return 0, "", b""
@@ -387,16 +391,10 @@ def deliver(batches, gate, post, accept):
 def load_state(run):
     """Return the state: the contract's four keys, and resume: a mark per log."""
     saved = parse_object(read_small(run.folder, ".sync-offsets")) or {}
-    state = {key: saved.get(key) for key in ("last_sync_ts", "last_sync_result")}
-    state["resume"] = {}
-    for name in FIELDS:
-        state[name + "_bytes"] = offset = whole(saved.get(name + "_bytes"))
-        try:
-            mark = saved["resume"][name]
-            offset, guard = whole(mark["bytes"]), mark["guard"]
-        except (KeyError, TypeError):
-            guard = None  # an older script wrote it
-        state["resume"][name] = {"bytes": offset, "guard": guard}
+    state = {name + "_bytes": whole(saved.get(name + "_bytes")) for name in FIELDS}
+    state.update((key, saved.get(key)) for key in ("last_sync_ts", "last_sync_result", "resume"))
+    if not isinstance(state["resume"], dict):
+        state["resume"] = {}
     return state
 
 
@@ -542,7 +540,7 @@ def parse_args(argv):
                            action="store_const", default=sync, help=action.__doc__)
     parser.add_argument("--max-time", type=float, default=RUN_SECONDS, metavar="S",
                         help="seconds for a run (default: %(default)s)")
-    parser.add_argument("--dir", metavar="D", help="state directory (default: ~/.secondme)")
+    parser.add_argument("--dir", metavar="D", help="instead of ~/.secondme")
     parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr what happens")
     parser.add_argument("--version", action="version", version="secondme_sync " + VERSION)
     args = parser.parse_args(argv)
@@ -557,9 +555,8 @@ def say(text):
 def main(argv):
     action, home, seconds, verbose = parse_args(argv) if argv else (sync, "", RUN_SECONDS, False)
     home = os.path.abspath(home or os.path.expanduser("~/.secondme"))
-    for_people = verbose or action in (dry_run, status, skip_pending)
     run = Run(home, os.path.join(home, "analytics"), os.environ, time.monotonic() + seconds,
-              say if for_people else lambda text: None, time)
+              say if verbose or action in (dry_run, status, skip_pending) else lambda _: None, time)
     try:
         action(run)
         return 0

@@ -1,0 +1,1412 @@
+"""Tests of secondme_sync.py, in the order of the script; network to loopback only.
+
+    python3 -m pytest -q
+
+Waits are injected (FakeClock), not slept. In most tests the run is made in this process, in the
+others by a Python of its own; each has a home directory of its own, in tmp_path.
+"""
+import ast
+import email.utils
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent
+SCRIPT = ROOT / "secondme_sync.py"
+sys.path[:0] = [str(ROOT), str(ROOT / "fixtures")]
+
+import secondme_sync  # noqa: E402
+from fake_backend import DROP, OK, PATH, FakeBackend, answer  # noqa: E402
+
+API = "/api/secondme/telemetry/events/batch"
+START = 1767225600.0  # of FakeClock: 2026-01-01T00:00:00Z
+TOKEN = "tok-SECRET-123"
+Result = namedtuple("Result", "code out err")
+
+
+def usage(number, **changes):
+    """Return an event as skills write it to usage.jsonl."""
+    event = {
+        "ts": "2026-01-01T00:%02d:%02dZ" % divmod(number % 3600, 60), "event": "skill_run",
+        "skill": "secondme", "version": "1.4.2", "os": "darwin", "arch": "arm64",
+        "session": "s-%d" % number, "device_id": "device-inside", "duration_s": 12.5,
+        "outcome": "error", "error_class": "timeout", "error_message": "连接超时 ⏱",
+        "user_intent": "查看我的记忆 🧠", "phases_used": ["preflight", "main"],
+        "installation_id": None, "number": number}
+    return dict(event, **changes)
+
+
+def feedback(number, **changes):
+    """Return an event as skills write it to feedback.jsonl."""
+    event = {
+        "ts": "2026-01-01T01:%02d:%02dZ" % divmod(number % 3600, 60), "skill": "secondme",
+        "version": "1.4.2", "os": "linux", "arch": "x86_64", "session": "f-%d" % number,
+        "outcome": "success", "actions_summary": "搜索了笔记", "error_summary": None,
+        "comment": "很好用 👍", "user_intent": "整理笔记", "phases_used": ["main"],
+        "references_loaded": ["telemetry-sync.md"], "rating": 5, "issues": ["slow"],
+        "number": number}
+    return dict(event, **changes)
+
+
+class Home:
+    """A home directory with .secondme in it, and ways to run the script there."""
+
+    def __init__(self, path, base_url="http://127.0.0.1:9/gate/lab", telemetry="community",
+                 token=TOKEN, device_id="device-42"):
+        self.path = pathlib.Path(str(path))
+        self.dir = self.path / ".secondme"
+        self.analytics = self.dir / "analytics"
+        self.analytics.mkdir(parents=True)
+        self.configure(telemetry=telemetry, baseUrl=base_url)
+        if token is not None:
+            (self.dir / "credentials").write_text(json.dumps({"accessToken": token}))
+        if device_id is not None:
+            (self.dir / ".device-id").write_text(device_id + "\n")
+
+    def configure(self, **config):
+        """Change keys of the config; None removes one."""
+        path = self.dir / "config"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known.update(config)
+        path.write_text(json.dumps({key: known[key] for key in known if known[key] is not None}))
+
+    def log(self, name, *events):
+        """Append events to analytics/<name>.jsonl, a line each."""
+        lines = [json.dumps(event, ensure_ascii=False) + "\n" for event in events]
+        self.append(name, "".join(lines).encode("utf-8"))
+
+    def append(self, name, data):
+        with open(str(self.analytics / (name + ".jsonl")), "ab") as file:
+            file.write(data)
+
+    def size(self, name):
+        """Return the bytes of a log, 0 where there is none."""
+        path = self.analytics / (name + ".jsonl")
+        return path.stat().st_size if path.exists() else 0
+
+    def offsets(self):
+        """Return what .sync-offsets holds, None where it is missing."""
+        path = self.analytics / ".sync-offsets"
+        return json.loads(path.read_bytes().decode("utf-8")) if path.exists() else None
+
+    def environ(self, **extra):
+        """Return a whole environment, without consent or proxies of the machine's own."""
+        return dict({"HOME": str(self.path), "PATH": os.environ.get("PATH", os.defpath),
+                     "LANG": "C.UTF-8"}, **extra)
+
+    def spawn(self, *args, **env):
+        """Start the script in a process with pipes for stdout and stderr."""
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT)] + list(args), env=self.environ(**env),
+            cwd=str(self.path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
+
+    def run(self, *args, **env):
+        """Run the script to its end; return its exit code, stdout and stderr (bytes)."""
+        return wait(self.spawn(*args, **env))
+
+
+def wait(process):
+    """Wait up to 60 s for the end of a process; return its Result."""
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return Result(process.returncode, out, err)
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path)
+
+
+class FakeClock:
+    """Time that passes only by sleeping; slept lists the seconds.
+
+    Let it not pass max_time in this process: the script would end it, and pytest with it.
+    """
+
+    def __init__(self):
+        self.passed, self.slept = 0.0, []
+
+    def time(self):
+        return START + self.passed
+
+    def monotonic(self):
+        return 1000.0 + self.passed
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.passed += seconds
+
+
+def run_in_process(home, clock=None, environ=None, max_time=30, action=None):
+    """Run sync (or another action of the script) here; return the lines it said.
+
+    A Stop ends it as in main, its text being the last line. Other exceptions are not caught.
+    """
+    clock, lines = clock or FakeClock(), []
+    run = secondme_sync.Run(
+        home=str(home.dir), folder=str(home.analytics), environ=environ or {},
+        deadline=clock.monotonic() + max_time, say=lines.append, clock=clock)
+    try:
+        (action or secondme_sync.sync)(run)
+    except secondme_sync.Stop as stop:
+        lines.append(str(stop))
+    return lines
+
+
+def results(home):
+    """Return what the contract's four keys say of the run before: bytes, bytes, result."""
+    state = home.offsets()
+    return state["usage_bytes"], state["feedback_bytes"], state["last_sync_result"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaves_this_machine(monkeypatch):
+    """Send whatever a defect might address elsewhere to a proxy that is not there."""
+    for name in "https_proxy", "HTTPS_PROXY":
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in "no_proxy", "NO_PROXY":
+        monkeypatch.setenv(name, "localhost,127.0.0.1")
+
+
+def snapshot(home):
+    """Return all that can be seen of a home: names, modes, times of change, bytes."""
+    return {str(path): (path.stat().st_mode, path.stat().st_mtime_ns,
+                        path.read_bytes() if path.is_file() else None)
+            for path in home.path.rglob("*")}
+
+
+def until(condition):
+    """Wait up to 20 s for what another process does."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def synced(home, *script, **options):
+    """Run sync against a backend that answers script, then OK; return the backend."""
+    with FakeBackend(*script) as backend:
+        home.configure(baseUrl=backend.url)
+        run_in_process(home, **options)
+    return backend
+
+
+def numbers(events):
+    """Tell the events that arrived apart by session, which usage() and feedback() number."""
+    return [event["session"] for event in events]
+
+
+def sizes(backend):
+    return [len(body["events"]) for body in backend.bodies()]
+
+
+def closed_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def ids(table):
+    return [row[0] for row in table]
+
+
+# Gate: prerequisites, consent, token, endpoint.
+
+def no_consent(home):
+    home.configure(telemetry="off")
+
+
+def no_credentials(home):
+    (home.dir / "credentials").unlink()
+
+
+def nothing_new(home):
+    home.append("usage", b"")
+    size = home.size("usage"), home.size("feedback")
+    (home.analytics / ".sync-offsets").write_text(
+        '{"usage_bytes": %d, "feedback_bytes": %d}' % size)
+
+
+PREREQUISITES = [
+    ("1. SM_TEL is community or anonymous", no_consent),
+    ("2. credentials exists with a valid accessToken", no_credentials),
+    ("3. unsynchronized data", nothing_new)]
+
+
+@pytest.mark.parametrize("name, miss", PREREQUISITES, ids=ids(PREREQUISITES))
+def test_a_missing_prerequisite_ends_the_run_without_a_trace(home, name, miss):
+    home.log("usage", usage(1))
+    home.log("feedback", feedback(1))
+    with FakeBackend(default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        miss(home)
+        before = snapshot(home)
+        assert home.run() == Result(0, b"", b"")
+        assert snapshot(home) == before
+        assert backend.connections == 0
+
+
+def test_with_all_prerequisites_one_request_is_made_in_silence(home):
+    home.log("usage", usage(1))
+    home.log("feedback", feedback(1))
+    with FakeBackend(OK, default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        assert home.run() == Result(0, b"", b"")
+    assert numbers(backend.events()) == ["s-1", "f-1"]
+    assert results(home) == (home.size("usage"), home.size("feedback"), "ok")
+
+
+@pytest.mark.parametrize("content", [
+    '{"accessToken": ""}', '{"accessToken": null}', '{"accessToken": 7}', '{"accessToken": ["x"]}',
+    '{"token": "x"}', '["accessToken"]', '"x"', '{"accessToken": "x"', "",
+    '{"accessToken": "two words"}', '{"accessToken": "x\\r\\nHost: y"}',
+    '{"accessToken": "\\u94a5"}'])
+def test_credentials_without_a_usable_token_count_as_none(home, content):
+    home.log("usage", usage(1))
+    (home.dir / "credentials").write_text(content)
+    assert synced(home).connections == 0
+    assert home.offsets() is None
+
+
+@pytest.mark.parametrize("config, modes", [
+    ('{"telemetry": "community"}', ["community"]), ('{"telemetry": "anonymous"}', ["anonymous"]),
+    ('{"telemetry": "off"}', []), ('{"telemetry": "Community"}', []),
+    ('{"telemetry": "ANONYMOUS"}', []), ('{"telemetry": " community"}', []),
+    ('{"telemetry": "on"}', []), ('{"telemetry": ""}', []), ('{"telemetry": true}', []),
+    ('{"telemetry": 1}', []), ('{"telemetry": null}', []), ('{"telemetry": ["community"]}', []),
+    ('{"telemetry": {"community": 1}}', []), ('{"Telemetry": "community"}', []), ("{}", [])])
+def test_consent_is_exactly_one_of_two_words_in_config(home, config, modes):
+    home.log("usage", usage(1))
+    with FakeBackend() as backend:
+        config = dict(json.loads(config), baseUrl=backend.url)
+        (home.dir / "config").write_text(json.dumps(config))
+        run_in_process(home)
+    assert [body["telemetryMode"] for body in backend.bodies()] == modes
+
+
+@pytest.mark.parametrize("content", [
+    None, b"", b"community", b'"community"', b'["telemetry", "community"]',
+    b'{"telemetry": "community"', b'{"telemetry": "community", "n": NaN}',
+    b'{"telemetry": "community"} and more', b'\xff\xfe{"telemetry": "community"}'])
+def test_without_a_readable_config_telemetry_is_off(home, content):
+    home.log("usage", usage(1))
+    (home.dir / "config").unlink()
+    if content is not None:
+        (home.dir / "config").write_bytes(content)
+    before = snapshot(home)
+    assert run_in_process(home)[0].startswith("telemetry is off")
+    assert snapshot(home) == before
+
+
+@pytest.mark.parametrize("config, environ, modes", [
+    ("community", {"SM_TEL": "anonymous"}, ["anonymous"]),
+    ("community", {"SM_TEL": "off"}, []),
+    ("community", {"SM_TEL": "community"}, ["community"]),
+    ("anonymous", {"SM_TEL": "community"}, ["anonymous"]),
+    ("anonymous", {"SM_TEL": "off"}, []),
+    ("off", {"SM_TEL": "community"}, []),
+    ("off", {"SM_TEL": "anonymous", "DO_NOT_TRACK": "0"}, []),
+    ("community", {"SM_TEL": ""}, ["community"]),
+    ("community", {"SM_TEL": "Anonymous"}, []),
+    ("community", {"SM_TEL": "yes"}, []),
+    ("community", {"SM_TEL": " "}, []),
+    ("community", {"DO_NOT_TRACK": "1"}, []),
+    ("anonymous", {"DO_NOT_TRACK": "true"}, []),
+    ("community", {"DO_NOT_TRACK": "no"}, []),
+    ("community", {"DO_NOT_TRACK": ""}, ["community"]),
+    ("community", {"DO_NOT_TRACK": "0"}, ["community"]),
+    ("anonymous", {"DO_NOT_TRACK": "false"}, ["anonymous"]),
+    ("community", {"DO_NOT_TRACK": "1", "SM_TEL": "community"}, [])])
+def test_the_environment_can_only_lower_consent(home, config, environ, modes):
+    home.configure(telemetry=config)
+    home.log("usage", usage(1))
+    backend = synced(home, environ=environ)
+    assert [body["telemetryMode"] for body in backend.bodies()] == modes
+
+
+SHOW_OPENED = """
+import os, runpy, sys
+sys.addaudithook(lambda name, args: name == "open" and print(args[0], flush=True))
+sys.argv = [%(script)r, "--dry-run"]
+runpy.run_path(%(script)r, run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 8), reason="no audit hooks")
+@pytest.mark.parametrize("config, environ, opened", [
+    ("community", {}, ["config", "credentials", ".device-id", "usage.jsonl"]),
+    ("anonymous", {}, ["config", "credentials", "usage.jsonl"]),
+    ("off", {}, ["config"]),
+    ("community", {"SM_TEL": "off"}, ["config"]),
+    ("community", {"DO_NOT_TRACK": "1"}, ["config"])])
+def test_consent_is_asked_before_other_files_are_opened(home, config, environ, opened):
+    home.configure(telemetry=config)
+    home.log("usage", usage(1))
+    out = subprocess.check_output(
+        [sys.executable, "-c", SHOW_OPENED % {"script": str(SCRIPT)}],
+        env=home.environ(**environ), stderr=subprocess.DEVNULL).decode("utf-8", "replace")
+    paths = [line for line in out.splitlines() if line.startswith(str(home.dir))]
+    assert [os.path.basename(path) for path in paths if "analytics" + os.sep + "." not in path
+            ] == opened
+
+
+@pytest.mark.parametrize("base_url", [
+    "http://127.0.0.1:%d/gate/lab", "http://127.0.0.1:%d/gate/lab/", "http://localhost:%d/gate/lab",
+    "HTTP://127.0.0.1:%d/gate/lab", "http://LocalHost:%d/gate/lab"])
+def test_plain_http_goes_to_this_machine(home, base_url):
+    home.log("usage", usage(1))
+    with FakeBackend(OK, default=None) as backend:
+        home.configure(baseUrl=base_url % backend.port)
+        run_in_process(home)
+    assert [request.path for request in backend.requests] == [PATH]
+
+
+@pytest.mark.parametrize("base_url, endpoint", [
+    (None, "https://app.mindos.com/gate/lab" + API),
+    ("https://example.test", "https://example.test" + API),
+    ("https://example.test:8443/x/", "https://example.test:8443/x" + API),
+    ("http://127.8.9.10:81", "http://127.8.9.10:81" + API),
+    ("http://[::1]:8080/x", "http://[::1]:8080/x" + API)])
+def test_https_goes_anywhere_and_the_path_is_appended(home, base_url, endpoint):
+    home.log("usage", usage(1))
+    home.configure(baseUrl=base_url)
+    result = home.run("--dry-run")
+    assert endpoint in result.err.decode("ascii").replace(",", " ").replace(": ", " ").split()
+    assert len(result.out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("base_url", [
+    "http://0.0.0.0:%d/gate/lab", "http://127.0.0.1.invalid:%d/gate/lab", "http://[::]:%d/gate/lab",
+    "http://user:password@127.0.0.1:%d/gate/lab", "http://user@127.0.0.1:%d/gate/lab",
+    "https://user:password@127.0.0.1:%d/gate/lab", "ftp://127.0.0.1:%d/gate/lab",
+    "file:///127.0.0.1:%d/gate/lab", "ws://127.0.0.1:%d/gate/lab", "//127.0.0.1:%d/gate/lab",
+    "127.0.0.1:%d/gate/lab", "localhost:%d", "http:127.0.0.1:%d", "http:///127.0.0.1:%d",
+    "http://127.0.0.1:%d/gate lab", "http://127.0.0.1:%d/\r\nX: y", " http://127.0.0.1:%d",
+    "http://127.0.0.1:%d/\u8def", "http://127.0.0.1:1%d11/gate", "http://127.0.0.1:x%d",
+    "http://127.0.0.1\\@example.invalid:%d", "http://[127.0.0.1:%d", "https://", "http://", "",
+    "not a URL", 7, True, ["http://127.0.0.1"], {"url": "http://127.0.0.1"}])
+def test_another_base_url_is_a_network_error_without_a_connection(home, base_url):
+    home.log("usage", usage(1))
+    with FakeBackend(default=None) as backend:
+        with_port = isinstance(base_url, str) and "%d" in base_url
+        home.configure(baseUrl=base_url % backend.port if with_port else base_url)
+        run_in_process(home)
+        assert backend.connections == 0
+    assert results(home) == (0, 0, "network_error")
+
+
+# Read: from the state and the logs to events.
+
+def test_usage_goes_before_feedback_each_in_the_order_of_its_log(home):
+    home.log("feedback", feedback(1), feedback(2))
+    home.log("usage", usage(2), usage(1))
+    events = synced(home).events()
+    assert numbers(events) == ["s-2", "s-1", "f-1", "f-2"]
+    assert [event["type"] for event in events] == ["usage", "usage", "feedback", "feedback"]
+
+
+def test_what_was_sent_is_not_sent_again(home):
+    home.log("usage", usage(1))
+    synced(home)
+    home.log("usage", usage(2))
+    home.log("feedback", feedback(3))
+    assert numbers(synced(home).events()) == ["s-2", "f-3"]
+    assert synced(home).requests == []
+
+
+def test_the_state_of_the_older_script_is_gone_on_from(home):
+    home.log("usage", usage(1), usage(2))
+    (home.analytics / ".sync-offsets").write_text(json.dumps({
+        "usage_bytes": home.size("usage"), "feedback_bytes": 0, "last_sync_result": "ok",
+        "last_sync_ts": "2025-12-31T00:00:00Z"}, indent=2))
+    home.log("usage", usage(3))
+    assert numbers(synced(home).events()) == ["s-3"]
+
+
+@pytest.mark.parametrize("offset", [1, 10 ** 6, 10 ** 400], ids=["one", "a million", "absurd"])
+def test_an_offset_past_the_end_of_the_log_means_its_beginning(home, offset):
+    home.log("usage", usage(1), usage(2))
+    home.log("feedback", feedback(3))
+    past = home.size("usage") + offset
+    (home.analytics / ".sync-offsets").write_text('{"usage_bytes": %d, "feedback_bytes": 0}' % past)
+    assert numbers(synced(home).events()) == ["s-1", "s-2", "f-3"]
+    assert results(home) == (home.size("usage"), home.size("feedback"), "ok")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9], ids=["shorter", "equal", "longer", "far longer"])
+def test_a_replaced_log_is_read_from_its_beginning(home, count):
+    home.log("usage", usage(1), usage(2))
+    synced(home)
+    (home.analytics / "usage.jsonl").unlink()
+    home.log("usage", *[usage(number) for number in range(3, 3 + count)])
+    assert numbers(synced(home).events()) == ["s-%d" % number for number in range(3, 3 + count)]
+
+
+def test_a_guard_that_does_not_match_concerns_its_own_log_only(home):
+    home.log("usage", usage(1))
+    home.log("feedback", feedback(2))
+    synced(home)
+    state = home.offsets()
+    state["resume"]["usage"]["guard"] += 1
+    (home.analytics / ".sync-offsets").write_text(json.dumps(state))
+    assert numbers(synced(home).events()) == ["s-1"]
+
+
+def test_a_resume_that_names_one_log_leaves_the_other_to_its_bytes(home):
+    home.log("usage", usage(1))
+    home.log("feedback", feedback(2))
+    synced(home)
+    state = home.offsets()
+    del state["resume"]["feedback"]
+    (home.analytics / ".sync-offsets").write_text(json.dumps(state))
+    home.log("feedback", feedback(3))
+    assert numbers(synced(home).events()) == ["f-3"]
+
+
+# Shape: the payload of each log and mode, field for field.
+
+SHARED = {"skill": "secondme", "version": "1.4.2"}
+USAGE = dict(
+    SHARED, type="usage", ts="2026-01-01T00:00:07Z", os="darwin", arch="arm64", event="skill_run",
+    duration_s=12.5, outcome="error", error_class="timeout", phases_used=["preflight", "main"])
+FEEDBACK = dict(
+    SHARED, type="feedback", ts="2026-01-01T01:00:08Z", os="linux", arch="x86_64",
+    outcome="success", phases_used=["main"], references_loaded=["telemetry-sync.md"], rating=5,
+    issues=["slow"])
+USAGE_TEXT = {"session": "s-7", "error_message": "连接超时 ⏱", "user_intent": "查看我的记忆 🧠"}
+FEEDBACK_TEXT = {"session": "f-8", "actions_summary": "搜索了笔记", "comment": "很好用 👍",
+                 "user_intent": "整理笔记"}  # error_summary is null
+
+
+@pytest.mark.parametrize("mode, expected", [
+    ("community", {"telemetryMode": "community", "deviceId": "device-42",
+                   "events": [dict(USAGE, **USAGE_TEXT), dict(FEEDBACK, **FEEDBACK_TEXT)]}),
+    ("anonymous", {"telemetryMode": "anonymous", "events": [USAGE, FEEDBACK]})])
+def test_the_body_of_a_mode_has_these_fields_and_no_other(home, mode, expected):
+    home.configure(telemetry=mode)
+    home.log("usage", usage(7))
+    home.log("feedback", feedback(8))
+    assert synced(home).bodies() == [expected]
+
+
+@pytest.mark.parametrize("mode", ["community", "anonymous"])
+def test_missing_fields_have_the_defaults_of_the_contract(home, mode):
+    home.configure(telemetry=mode)
+    home.log("usage", {})
+    home.log("feedback", {})
+    base = {"skill": "secondme", "ts": "", "phases_used": []}
+    assert synced(home).events() == [
+        dict(base, type="usage"), dict(base, type="feedback", references_loaded=[], issues=[])]
+
+
+@pytest.mark.parametrize("mode", ["community", "anonymous"])
+def test_a_null_is_not_sent_but_zero_false_and_empty_are(home, mode):
+    home.configure(telemetry=mode)
+    home.log("usage", dict.fromkeys(usage(1)), usage(2, duration_s=0, outcome=False, event=""))
+    home.log("feedback", dict.fromkeys(feedback(3)), feedback(4, rating=0, issues=[]))
+    backend = synced(home)
+    first, second, third, fourth = backend.events()
+    assert (first, third) == ({"type": "usage"}, {"type": "feedback"})
+    assert (second["duration_s"], second["outcome"], second["event"]) == (0, False, "")
+    assert (fourth["rating"], fourth["issues"]) == (0, [])
+    assert b"null" not in backend.requests[0].body
+
+
+@pytest.mark.parametrize("log", ["usage", "feedback"])
+@pytest.mark.parametrize("mode", ["community", "anonymous"])
+def test_what_the_contract_does_not_name_is_not_sent(home, mode, log):
+    home.configure(telemetry=mode)
+    extra = ["device_id", "deviceId", "accessToken", "telemetryMode", "path", "Session", "type"]
+    extra += ["rating", "comment"] if log == "usage" else ["event", "error_message", "duration_s"]
+    home.log(log, dict.fromkeys(extra, "unwanted"))
+    backend = synced(home)
+    assert b"unwanted" not in backend.requests[0].body
+    assert [event["type"] for event in backend.events()] == [log]
+
+
+@pytest.mark.parametrize("mode, content, sent", [
+    ("community", "device-42", "device-42"), ("community", " device-42\r\n", "device-42"),
+    ("community", "my laptop", "my laptop"), ("community", None, None),
+    ("community", " \n", None), ("anonymous", "device-42", None)])
+def test_device_id_is_sent_in_community_mode_alone(home, mode, content, sent):
+    home.configure(telemetry=mode)
+    home.log("usage", usage(1))
+    (home.dir / ".device-id").unlink()
+    if content is not None:
+        (home.dir / ".device-id").write_text(content)
+    backend = synced(home)
+    assert backend.bodies()[0].get("deviceId") == sent
+    assert (b"device" in backend.requests[0].body) == (sent is not None)
+
+
+def test_text_is_sent_as_utf8_not_escaped(home):
+    home.log("usage", usage(1, user_intent="日记 🧠 \"é\" \u2028"))
+    body = synced(home).requests[0].body
+    assert "日记 🧠 \\\"é\\\" \u2028".encode("utf-8") in body
+
+
+REMOVED = "session error_message user_intent actions_summary error_summary comment".split()
+PRESERVED = ("skill ts version os arch outcome duration_s error_class phases_used "
+             "references_loaded rating issues").split()
+
+
+@pytest.mark.parametrize("field", REMOVED)
+def test_anonymous_mode_removes_a_field_that_community_mode_sends(home, field):
+    home.log("usage", usage(1, **{field: "private text"}))
+    home.log("feedback", feedback(2, **{field: "private text"}))
+    for mode, sent in ("anonymous", False), ("community", True):
+        home.configure(telemetry=mode)
+        backend = synced(home, answer(500))
+        assert (b"private text" in backend.requests[0].body) == sent
+        assert any(field in event for event in backend.events()) == sent
+
+
+@pytest.mark.parametrize("field", PRESERVED)
+def test_anonymous_mode_preserves_a_field_as_it_is(home, field):
+    home.configure(telemetry="anonymous")
+    home.log("usage", usage(1, **{field: ["kept", 1.5, {"a": "b"}]}))
+    home.log("feedback", feedback(2, **{field: ["kept", 1.5, {"a": "b"}]}))
+    sent = [event[field] for event in synced(home).events() if field in event]
+    only_one_log = ("duration_s", "error_class", "references_loaded", "rating", "issues")
+    assert sent == [["kept", 1.5, {"a": "b"}]] * (1 if field in only_one_log else 2)
+
+
+# Shape: batches.
+
+def test_a_batch_is_of_100_events_of_both_logs(home):
+    home.log("usage", *[usage(number) for number in range(250)])
+    home.log("feedback", *[feedback(number) for number in range(120)])
+    backend = synced(home)
+    assert sizes(backend) == [100, 100, 100, 70]
+    third = [event["type"] for event in backend.bodies()[2]["events"]]
+    assert third == ["usage"] * 50 + ["feedback"] * 50
+    expected = ["s-%d" % number for number in range(250)] + ["f-%d" % n for n in range(120)]
+    assert numbers(backend.events()) == expected
+
+
+@pytest.mark.parametrize("count, expected", [(1, [1]), (99, [99]), (100, [100]), (101, [100, 1]),
+                                             (200, [100, 100])])
+def test_no_batch_is_empty_or_larger_than_100(home, count, expected):
+    home.log("usage", *[usage(number) for number in range(count)])
+    assert sizes(synced(home)) == expected
+
+
+@pytest.mark.parametrize("text", ["a" * 100000, "\u8bb0" * 33333, "\u0001" * 16666],
+                         ids=["ASCII", "Chinese", "escaped"])
+def test_a_body_is_of_512_kib_at_most(home, text):
+    home.log("usage", *[usage(number, user_intent=text) for number in range(12)])
+    backend = synced(home)
+    assert all(len(request.body) <= 512 * 1024 for request in backend.requests)
+    assert len(backend.requests) == 3
+    assert numbers(backend.events()) == ["s-%d" % number for number in range(12)]
+
+
+def test_a_body_that_repairs_have_made_longer_than_its_lines_keeps_to_512_kib(home):
+    line = b'{"session": "s-%d", "user_intent": "' + b"\xff" * 100000 + b'"}\n'
+    home.append("usage", b"".join(line % number for number in range(4)))
+    backend = synced(home)
+    assert all(len(request.body) <= 512 * 1024 for request in backend.requests)
+    assert numbers(backend.events()) == ["s-0", "s-1", "s-2", "s-3"]
+
+
+def test_a_larger_event_goes_alone(home):
+    home.log("usage", usage(1), usage(2, user_intent="a" * 600000), usage(3))
+    backend = synced(home)
+    assert [numbers(body["events"]) for body in backend.bodies()] == [["s-1"], ["s-2"], ["s-3"]]
+    assert results(home)[2] == "ok"
+
+
+# Send: what is posted, and what becomes of an answer.
+
+def test_a_request_has_token_type_and_user_agent(home):
+    home.log("usage", usage(1))
+    request, = synced(home).requests
+    assert (request.method, request.path) == ("POST", PATH)
+    assert request.headers["Authorization"] == "Bearer " + TOKEN
+    assert request.headers["Content-Type"] == "application/json"
+    assert request.headers["User-Agent"] == "secondme_sync/" + secondme_sync.VERSION
+    assert TOKEN.encode("ascii") not in request.body
+
+
+def test_all_batches_go_over_one_connection(home):
+    home.log("usage", *[usage(number) for number in range(250)])
+    backend = synced(home)
+    assert (sizes(backend), backend.connections) == ([100, 100, 50], 1)
+
+
+def test_a_server_that_closes_the_connection_after_each_answer_gets_all(home):
+    home.log("usage", *[usage(number) for number in range(250)])
+    backend = synced(home, *[answer(200, {"code": 0}, Connection="close")] * 3)
+    assert (sizes(backend), backend.connections) == ([100, 100, 50], 3)
+    assert results(home)[2] == "ok"
+
+
+def test_a_kept_connection_that_the_server_has_closed_is_made_anew(home):
+    home.log("usage", usage(1))
+    closed = threading.Event()
+
+    def busy(handler):
+        handler.reply(*answer(503))
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        closed.set()
+
+    clock = FakeClock()
+    clock.sleep = lambda seconds: closed.wait(20)
+    backend = synced(home, busy, clock=clock)
+    assert (len(backend.requests), backend.connections, results(home)[2]) == (2, 2, "ok")
+
+
+UNTOUCHED, UPDATED, SILENT = "not updated", "updated", "no state file"
+ERRORS = [  # row of the contract, change, answers; then requests, waits, result, offsets
+    ("401 Unauthorized", None, [answer(401)], 1, [], "auth_failed", UNTOUCHED),
+    ("429 Rate Limit", None, [answer(429, Retry_After=3)] * 2, 2, [3], "server_error", UNTOUCHED),
+    ("502/503/504: 502", None, [answer(502)] * 2, 2, [2], "server_error", UNTOUCHED),
+    ("502/503/504: 503", None, [answer(503)] * 2, 2, [2], "server_error", UNTOUCHED),
+    ("502/503/504: 504", None, [answer(504)] * 2, 2, [2], "server_error", UNTOUCHED),
+    ("Network timeout (10s)", None, [DROP], 1, [], "network_error", UNTOUCHED),
+    ("Success", None, [OK] * 2, 2, [], "ok", UPDATED),
+    ("No credentials", no_credentials, [], 0, [], None, SILENT),
+    ("telemetry=off", no_consent, [], 0, [], None, SILENT)]
+
+
+@pytest.mark.parametrize("row, change, script, requests, waits, result, offsets", ERRORS,
+                         ids=ids(ERRORS))
+def test_error_handling(home, row, change, script, requests, waits, result, offsets):
+    home.log("usage", *[usage(number) for number in range(101)])
+    if change:
+        change(home)
+    clock = FakeClock()
+    assert len(synced(home, *script, clock=clock).requests) == requests
+    assert clock.slept == waits
+    expected = {UNTOUCHED: (0, 0, result), UPDATED: (home.size("usage"), 0, result)}
+    assert (results(home) if home.offsets() else None) == expected.get(offsets)
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_retry_posts_the_same_body_and_goes_on(home, status):
+    home.log("usage", *[usage(number) for number in range(101)])
+    clock = FakeClock()
+    backend = synced(home, answer(status), clock=clock)
+    first, second, third = [request.body for request in backend.requests]
+    assert first == second != third
+    assert clock.slept == [5 if status == 429 else 2]
+    assert results(home) == (home.size("usage"), 0, "ok")
+
+
+@pytest.mark.parametrize("first, second, result", [
+    (429, 503, "server_error"), (503, 429, "server_error"), (502, 504, "server_error"),
+    (503, 401, "auth_failed"), (429, 500, "server_error"), (504, 302, "server_error"),
+    (502, 204, "network_error")])
+def test_there_is_one_retry_in_all_whatever_the_mix(home, first, second, result):
+    home.log("usage", *[usage(number) for number in range(101)])
+    clock = FakeClock()
+    backend = synced(home, answer(first), answer(second), clock=clock)
+    assert (len(backend.requests), len(clock.slept)) == (2, 1)
+    assert results(home) == (0, 0, result)
+
+
+def test_each_batch_has_a_retry_of_its_own(home):
+    home.log("usage", *[usage(number) for number in range(101)])
+    clock = FakeClock()
+    backend = synced(home, answer(503), OK, answer(429, Retry_After=1), OK, clock=clock)
+    assert (sizes(backend), clock.slept) == ([100, 100, 1, 1], [2, 1])
+    assert results(home)[2] == "ok"
+
+
+def http_date(seconds):
+    return email.utils.formatdate(START + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize("header, seconds", [
+    ("7", 7), ("1", 1), ("0", 0), ("10", 10), ("11", 10), ("86400", 10), ("-3", 0), (None, 5),
+    ("", 5), ("soon", 5), ("1.5", 5), ("0x3", 5), (http_date(4), 4), (http_date(0), 0),
+    (http_date(-60), 0), (http_date(3600), 10), ("Thursday, 01-Jan-26 00:00:06 GMT", 6),
+    ("Thu Jan  1 00:00:03 2026", 3), ("Thu, 99 Foo 2026 00:00:03 GMT", 5)])
+def test_retry_after_is_waited_for_up_to_10_seconds(home, header, seconds):
+    home.log("usage", usage(1))
+    clock = FakeClock()
+    limited = answer(429) if header is None else answer(429, Retry_After=header)
+    assert len(synced(home, limited, clock=clock).requests) == 2
+    assert clock.slept == [seconds]
+    assert results(home)[2] == "ok"
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_retry_after_is_for_429_alone(home, status):
+    home.log("usage", usage(1))
+    clock = FakeClock()
+    synced(home, answer(status, Retry_After=9), clock=clock)
+    assert clock.slept == [2]
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(home, status):
+    home.log("usage", usage(1))
+    with FakeBackend(default=None) as elsewhere:
+        location = "http://127.0.0.1:%d%s" % (elsewhere.port, PATH)
+        backend = synced(home, answer(status, {"code": 0}, Location=location))
+        assert (len(backend.requests), elsewhere.connections) == (1, 0)
+    assert results(home) == (0, 0, "server_error")
+
+
+@pytest.mark.parametrize("status, body, result", [
+    (200, {"code": 0}, "ok"), (201, {"code": 0, "message": "好", "data": None}, "ok"),
+    (202, b' {"code":0}\r\n', "ok"), (299, {"code": 0}, "ok"),
+    (200, {"code": 1}, "server_error"), (200, {"code": -1}, "server_error"),
+    (200, {"code": False}, "server_error"), (200, {"code": 0.0}, "server_error"),
+    (200, {"code": "0"}, "server_error"), (200, {"code": None}, "server_error"),
+    (200, {"code": []}, "server_error"), (200, {}, "server_error"),
+    (200, {"data": {"code": 0}}, "server_error"),
+    (200, b"[0]", "network_error"), (200, b'[{"code": 0}]', "network_error"),
+    (200, b"0", "network_error"), (200, b"null", "network_error"), (200, b"", "network_error"),
+    (200, b"<html>OK</html>", "network_error"), (200, b'{"code": 0', "network_error"),
+    (200, b'{"code": 0} {"code": 0}', "network_error"), (200, b'\xff\xfe', "network_error"),
+    (204, b"", "network_error"),
+    (400, {"code": 0}, "server_error"), (403, {"code": 0}, "server_error"),
+    (404, b"", "server_error"), (418, b"", "server_error"), (500, {"code": 0}, "server_error"),
+    (501, b"", "server_error"), (505, b"", "server_error"), (401, {"code": 0}, "auth_failed")])
+def test_success_is_2xx_with_an_object_whose_code_is_0(home, status, body, result):
+    home.log("usage", usage(1))
+    backend = synced(home, answer(status, body))
+    assert len(backend.requests) == 1
+    assert results(home) == (home.size("usage") if result == "ok" else 0, 0, result)
+
+
+def half_an_answer(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{\"code\"")
+
+
+def no_http(handler):
+    handler.wfile.write(b"220 mail.example.test ESMTP\r\n")
+
+
+def half_a_header(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+
+
+@pytest.mark.parametrize("broken", [DROP, half_an_answer, no_http, half_a_header])
+def test_a_broken_connection_is_a_network_error_without_retry(home, broken):
+    home.log("usage", usage(1))
+    clock = FakeClock()
+    assert len(synced(home, broken, clock=clock).requests) == 1
+    assert (results(home), clock.slept) == ((0, 0, "network_error"), [])
+    assert numbers(synced(home).events()) == ["s-1"]
+
+
+def test_a_refused_connection_is_a_network_error(home):
+    home.log("usage", usage(1))
+    home.configure(baseUrl="http://127.0.0.1:%d" % closed_port())
+    run_in_process(home)
+    assert results(home) == (0, 0, "network_error")
+
+
+def test_a_failing_tls_handshake_is_a_network_error(home):
+    home.log("usage", usage(1))
+    with FakeBackend(default=None) as backend:
+        home.configure(baseUrl="https://127.0.0.1:%d" % backend.port)
+        run_in_process(home)
+        assert backend.connections == 1
+    assert results(home) == (0, 0, "network_error")
+
+
+@pytest.mark.parametrize("failure, result", [
+    (answer(500), "server_error"), (answer(401), "auth_failed"), (DROP, "network_error")])
+def test_a_later_batch_fails_and_the_next_run_goes_on_there(home, failure, result):
+    home.log("usage", *[usage(number) for number in range(250)])
+    home.log("feedback", feedback(1))
+    first = synced(home, OK, failure)
+    assert (sizes(first), results(home)) == ([100, 100], (0, 0, result))
+    assert home.offsets()["resume"]["usage"]["bytes"] > 0
+    second = synced(home)
+    arrived = numbers(first.bodies()[0]["events"]) + numbers(second.events())
+    assert arrived == ["s-%d" % number for number in range(250)] + ["f-1"]
+    assert results(home) == (home.size("usage"), home.size("feedback"), "ok")
+
+
+def test_a_failing_run_after_a_good_one_leaves_the_bytes_of_that_one(home):
+    home.log("usage", usage(1))
+    synced(home)
+    good = home.size("usage")
+    home.log("usage", *[usage(number) for number in range(150)])
+    synced(home, OK, answer(500))
+    assert results(home) == (good, 0, "server_error")
+    assert good < home.offsets()["resume"]["usage"]["bytes"] < home.size("usage")
+
+
+def test_413_for_several_events_halves_them_and_goes_on(home):
+    home.log("usage", *[usage(number) for number in range(104)])
+    backend = synced(home, answer(413), answer(413))
+    assert sizes(backend) == [100, 50, 25, 25, 50, 4]
+    accepted = [event for body in backend.bodies()[2:] for event in body["events"]]
+    assert numbers(accepted) == ["s-%d" % number for number in range(104)]
+    assert results(home) == (home.size("usage"), 0, "ok")
+
+
+def test_413_for_one_event_is_a_server_error_and_what_came_before_is_kept(home):
+    home.log("usage", *[usage(number) for number in range(3)])
+    backend = synced(home, answer(413), OK, answer(413), answer(413))
+    assert [numbers(body["events"]) for body in backend.bodies()] == [
+        ["s-0", "s-1", "s-2"], ["s-0"], ["s-1", "s-2"], ["s-1"]]
+    assert results(home) == (0, 0, "server_error")
+    assert numbers(synced(home).events()) == ["s-1", "s-2"]
+
+
+# Record: the state file.
+
+def test_the_state_has_the_four_keys_of_the_contract_and_resume(home):
+    home.log("usage", usage(1))
+    home.log("feedback", feedback(2), feedback(3))
+    synced(home)
+    state = home.offsets()
+    resume = state.pop("resume")
+    assert state == {"usage_bytes": home.size("usage"), "feedback_bytes": home.size("feedback"),
+                     "last_sync_ts": "2026-01-01T00:00:00Z", "last_sync_result": "ok"}
+    assert sorted(resume) == ["feedback", "usage"]
+    assert resume["usage"]["bytes"] == home.size("usage")
+    assert resume["feedback"]["bytes"] == home.size("feedback")
+    assert all(sorted(mark) == ["bytes", "guard"] for mark in resume.values())
+
+
+def test_a_run_that_failed_at_once_has_all_keys_too(home):
+    home.log("usage", usage(1))
+    clock = FakeClock()
+    synced(home, answer(503), answer(503), clock=clock)
+    state = home.offsets()
+    assert sorted(state) == ["feedback_bytes", "last_sync_result", "last_sync_ts", "resume",
+                             "usage_bytes"]
+    assert state["last_sync_ts"] == "2026-01-01T00:00:02Z"
+    assert state["resume"]["usage"]["bytes"] == 0
+
+
+def test_a_log_without_events_is_done_without_a_request(home):
+    home.append("usage", b"\nno event\n")
+    assert synced(home).connections == 0
+    assert results(home) == (home.size("usage"), 0, "ok")
+
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX alone")
+
+
+@POSIX
+def test_a_new_state_file_is_for_its_owner_alone(home):
+    home.log("usage", usage(1))
+    synced(home)
+    path = home.analytics / ".sync-offsets"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@POSIX
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o666])
+def test_an_existing_state_file_keeps_its_mode(home, mode):
+    home.log("usage", usage(1))
+    path = home.analytics / ".sync-offsets"
+    path.write_text("{}")
+    path.chmod(mode)
+    synced(home)
+    assert (path.stat().st_mode & 0o777, results(home)[2]) == (mode, "ok")
+
+
+def test_a_run_leaves_the_state_file_and_no_other(home):
+    home.log("usage", usage(1))
+    before = set(snapshot(home))
+    synced(home, answer(500))
+    synced(home)
+    assert set(snapshot(home)) - before == {str(home.analytics / ".sync-offsets")}
+
+
+# The run: the rules of the contract, in their order.
+
+def test_rule_sync_never_blocks_catch_up_returns_before_the_server_answers(home):
+    home.log("usage", usage(1))
+    hold = threading.Event()
+
+    def late(handler):
+        assert hold.wait(30)
+        handler.reply(*OK)
+
+    with FakeBackend(late, default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        assert home.run("--background") == Result(0, b"", b"")
+        until(lambda: backend.requests)
+        hold.set()
+        until(lambda: results(home)[2] == "ok")
+
+
+@pytest.mark.parametrize("failure", [answer(401), answer(500), answer(404), DROP, no_http,
+                                     answer(200, b"oops"), answer(302, Location="http://[")])
+def test_rule_sync_never_causes_visible_errors(home, failure):
+    home.log("usage", usage(1))
+    with FakeBackend(failure, default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        assert home.run() == Result(0, b"", b"")
+
+
+@pytest.mark.parametrize("script", [[OK, OK], [OK, answer(500)], [answer(401)], [DROP]])
+def test_rule_logs_are_never_modified(home, script):
+    home.log("usage", *[usage(number) for number in range(101)])
+    home.append("feedback", b'broken \xff\n\n{"torn')
+    before = snapshot(home)
+    with FakeBackend(*script, default=None) as backend:
+        config = (home.dir / "config").read_text()
+        home.configure(baseUrl=backend.url)
+        run_in_process(home)
+    (home.dir / "config").write_text(config)
+    after = snapshot(home)
+    changed = {os.path.basename(path) for path in after if after[path] != before.get(path)}
+    assert changed == {".sync-offsets", "analytics", "config"}
+
+
+@pytest.mark.parametrize("action", ["sync", "background"])
+def test_rule_without_credentials_sync_is_skipped_silently(home, action):
+    home.log("usage", usage(1))
+    no_credentials(home)
+    before = snapshot(home)
+    assert home.run(*["--background"] * (action == "background")) == Result(0, b"", b"")
+    assert snapshot(home) == before
+
+
+@pytest.mark.parametrize("action", ["sync", "background"])
+def test_rule_with_telemetry_off_sync_is_skipped_entirely(home, action):
+    home.log("feedback", feedback(1))
+    no_consent(home)
+    before = snapshot(home)
+    assert home.run(*["--background"] * (action == "background")) == Result(0, b"", b"")
+    assert snapshot(home) == before
+
+
+def test_rule_device_id_is_never_sent_in_anonymous_mode(home):
+    home.log("usage", usage(1))
+    home.log("feedback", feedback(2, device_id="device-inside"))
+    backend = synced(home, environ={"SM_TEL": "anonymous"})
+    assert b"device" not in backend.requests[0].body
+    assert len(backend.events()) == 2
+
+
+def test_rule_the_server_has_nothing_left_to_strip(home):
+    home.configure(telemetry="anonymous")
+    home.log("usage", *[usage(number) for number in range(150)])
+    home.log("feedback", *[feedback(number, error_summary="x") for number in range(150)])
+    events = synced(home).events()
+    assert len(events) == 300
+    assert not set(REMOVED).intersection(*[set().union(*events)])
+
+
+# The command line.
+
+def sample(path, mode):
+    """Return a copy of fixtures/home, logged in, in mode."""
+    folder = path / "sample"
+    shutil.copytree(str(ROOT / "fixtures" / "home"), str(folder))
+    config = json.loads((folder / "config").read_bytes().decode("utf-8"))
+    (folder / "config").write_text(json.dumps(dict(config, telemetry=mode)))
+    (folder / "credentials").write_text(json.dumps({"accessToken": TOKEN}))
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["community", "anonymous"])
+def test_the_sample_home_makes_the_expected_bodies(home, mode):
+    folder = sample(home.path, mode)
+    result = home.run("--dry-run", "--dir", str(folder))
+    assert result.out == (ROOT / "fixtures" / "expected" / (mode + ".json")).read_bytes()
+
+
+def test_a_dry_run_prints_the_bodies_of_the_next_run_byte_for_byte(home):
+    home.log("usage", *[usage(number) for number in range(130)])
+    home.log("feedback", *[feedback(n, comment="\u8bb0" * 50000) for n in range(5)])
+    home.append("feedback", b'{"comment": "\\ud83d \xff \\u2028"}\n{"torn')
+    printed = home.run("--dry-run").out.split(b"\n")
+    backend = synced(home)
+    assert [request.body for request in backend.requests] + [b""] == printed
+    assert len(printed) > 3
+
+
+def test_a_dry_run_goes_on_from_resume(home):
+    home.log("usage", *[usage(number) for number in range(130)])
+    synced(home, OK, answer(500))
+    events = json.loads(home.run("--dry-run").out.decode("utf-8"))["events"]
+    assert numbers(events) == ["s-%d" % number for number in range(100, 130)]
+
+
+def test_a_dry_run_changes_nothing_and_connects_nowhere(home):
+    home.log("usage", usage(1))
+    with FakeBackend(default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        before = snapshot(home)
+        assert home.run("--dry-run").code == 0
+        assert snapshot(home) == before
+        assert backend.connections == 0
+
+
+@pytest.mark.parametrize("mode", ["community", "anonymous"])
+def test_a_dry_run_says_mode_endpoint_and_counts(home, mode):
+    home.configure(telemetry=mode)
+    home.log("usage", *[usage(number) for number in range(3)])
+    home.log("feedback", *[feedback(number) for number in range(2)])
+    result = home.run("--dry-run")
+    for text in (mode, "http://127.0.0.1:9/gate/lab" + API, "3 usage", "2 feedback"):
+        assert text.encode("ascii") in result.err
+    assert TOKEN.encode("ascii") not in result.out + result.err
+
+
+@pytest.mark.parametrize("change, environ, reason", [
+    (no_consent, {}, b"off"), (no_credentials, {}, b"not logged in"),
+    (nothing_new, {}, b"0 usage, 0 feedback"), (None, {"DO_NOT_TRACK": "1"}, b"DO_NOT_TRACK"),
+    (None, {"SM_TEL": "off"}, b"SM_TEL"),
+    (lambda home: home.configure(baseUrl="http://example.invalid"), {}, b"baseUrl")])
+def test_a_dry_run_says_why_nothing_would_be_sent(home, change, environ, reason):
+    home.log("usage", usage(1))
+    if change:
+        change(home)
+    result = home.run("--dry-run", **environ)
+    assert (result.code, result.out) == (0, b"")
+    assert reason in result.err
+    assert TOKEN.encode("ascii") not in result.err
+
+
+def test_another_directory_is_given_with_dir(home):
+    other = Home(home.path / "other")
+    other.log("usage", usage(2))
+    home.log("usage", usage(1))
+    with FakeBackend(OK, default=None) as backend:
+        other.configure(baseUrl=backend.url)
+        assert home.run("--dir", "other/.secondme").code == 0
+    assert numbers(backend.events()) == ["s-2"]
+    assert (results(other)[2], home.offsets()) == ("ok", None)
+
+
+@pytest.mark.parametrize("flag", ["-v", "--verbose"])
+def test_verbose_says_batch_status_and_retry_without_the_token(home, flag):
+    home.log("usage", usage(1))
+    with FakeBackend(answer(429, Retry_After=0), answer(401), default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        result = home.run(flag)
+    assert (result.code, result.out) == (0, b"")
+    for text in b"429", b"401", b"retry", b"auth_failed":
+        assert text in result.err
+    assert TOKEN.encode("ascii") not in result.err
+
+
+@pytest.mark.parametrize("failure", [DROP, no_http, half_an_answer, half_a_header])
+def test_verbose_names_a_network_error_without_the_token(home, failure):
+    home.log("usage", usage(1))
+    with FakeBackend(failure, default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        result = home.run("--verbose")
+    assert (result.code, b"network_error" in result.err) == (0, True)
+    assert TOKEN.encode("ascii") not in result.err
+
+
+@pytest.mark.parametrize("change, reason", [
+    (no_consent, b"telemetry is off"), (no_credentials, b"not logged in"),
+    (nothing_new, b"nothing is pending")])
+def test_verbose_says_why_nothing_is_sent(home, change, reason):
+    home.log("usage", usage(1))
+    change(home)
+    result = home.run("--verbose")
+    assert (result.code, result.out) == (0, b"")
+    assert reason in result.err
+
+
+def test_version_and_help_are_printed(home):
+    version, usage_text = home.run("--version"), home.run("--help")
+    assert version == Result(0, b"secondme_sync %s\n" % secondme_sync.VERSION.encode("ascii"), b"")
+    assert (usage_text.code, usage_text.err) == (0, b"")
+    for flag in (b"--dry-run --status --pending --skip-pending --background --max-time --dir "
+                 b"--verbose --version --help").split():
+        assert flag in usage_text.out
+
+
+@pytest.mark.parametrize("args", [["--unknown"], ["word"], ["--max-time", "soon"], ["--dir"],
+                                  ["--pending", "--status"]])
+def test_misuse_exits_with_2_and_sends_nothing(home, args):
+    home.log("usage", usage(1))
+    with FakeBackend(default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        before = snapshot(home)
+        result = home.run(*args)
+        assert (result.code, result.out) == (2, b"")
+        assert b"usage: " in result.err
+        assert (backend.connections, snapshot(home)) == (0, before)
+
+
+def test_status_tells_how_things_stand(home):
+    home.log("usage", *[usage(number) for number in range(102)])
+    home.log("feedback", feedback(1))
+    synced(home, OK, answer(500))
+    before = snapshot(home)
+    result = home.run("--status", SM_TEL="anonymous")
+    text = result.out.decode("ascii")
+    assert (result.code, result.err, snapshot(home)) == (0, b"", before)
+    for part in ("anonymous", "SM_TEL", home_url(home) + API, "yes", "2 usage", "1 feedback",
+                 "server_error", "2026-01-01T00:00:00Z"):
+        assert part in text
+    assert TOKEN not in text
+
+
+def home_url(home):
+    return json.loads((home.dir / "config").read_text())["baseUrl"]
+
+
+def test_status_of_a_machine_without_anything(tmp_path):
+    home = Home(tmp_path)
+    shutil.rmtree(str(home.dir))
+    result = home.run("--status")
+    assert (result.code, result.err) == (0, b"")
+    for part in (b"off", b"config", b"https://app.mindos.com/gate/lab", b"no", b"0 usage",
+                 b"0 feedback", b"never"):
+        assert part in result.out
+    assert not home.dir.exists()
+
+
+def torn_only(home):
+    (home.analytics / "usage.jsonl").write_bytes(b'{"event": "skill_r')
+
+
+def good_run(home):
+    synced(home)
+
+
+def failed_run(home):
+    synced(home, answer(500))
+
+
+def older_state(home):
+    (home.analytics / ".sync-offsets").write_text('{"usage_bytes": 0, "feedback_bytes": 0}')
+
+
+PENDING = [
+    ("nothing was sent yet", None, {}, "yes"),
+    ("anonymous", lambda home: home.configure(telemetry="anonymous"), {}, "yes"),
+    ("the run before failed", failed_run, {}, "yes"),
+    ("state of the older script", older_state, {}, "yes"),
+    ("all is sent", good_run, {}, "no"),
+    ("all is sent, state of the older script", nothing_new, {}, "no"),
+    ("no log", lambda home: (home.analytics / "usage.jsonl").unlink(), {}, "no"),
+    ("empty log", lambda home: (home.analytics / "usage.jsonl").write_bytes(b""), {}, "no"),
+    ("a torn line alone", torn_only, {}, "no"),
+    ("telemetry is off", no_consent, {}, "no"),
+    ("no credentials", no_credentials, {}, "no"),
+    ("SM_TEL=off", None, {"SM_TEL": "off"}, "no"),
+    ("DO_NOT_TRACK=1", None, {"DO_NOT_TRACK": "1"}, "no")]
+
+
+@pytest.mark.parametrize("name, change, environ, expected", PENDING, ids=ids(PENDING))
+def test_pending_is_yes_or_no(home, name, change, environ, expected):
+    home.log("usage", usage(1))
+    if change:
+        change(home)
+    before = snapshot(home)
+    assert home.run("--pending", **environ) == Result(0, expected.encode() + b"\n", b"")
+    assert snapshot(home) == before
+
+
+@pytest.mark.parametrize("mode", ["off", "anonymous", "community"])
+@pytest.mark.parametrize("token", [None, TOKEN], ids=["no token", "token"])
+def test_skip_pending_keeps_what_was_logged_local_for_ever(tmp_path, mode, token):
+    home = Home(tmp_path, telemetry=mode, token=token)
+    home.log("usage", usage(1), usage(2))
+    home.log("feedback", feedback(3))
+    result = home.run("--skip-pending")
+    assert (result.code, b"2 usage, 1 feedback" in result.out) == (0, True)
+    assert TOKEN.encode("ascii") not in result.out + result.err
+    opt_in(home)
+    assert synced(home).requests == []
+    home.log("usage", usage(4))
+    home.log("feedback", feedback(5))
+    assert numbers(synced(home).events()) == ["s-4", "f-5"]
+
+
+def opt_in(home):
+    home.configure(telemetry="community")
+    (home.dir / "credentials").write_text(json.dumps({"accessToken": TOKEN}))
+
+
+def test_skip_pending_connects_nowhere_and_touches_the_state_alone(home):
+    home.log("usage", usage(1))
+    with FakeBackend(default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        before = snapshot(home)
+        home.run("--skip-pending")
+        assert backend.connections == 0
+    after = snapshot(home)
+    changed = {os.path.basename(path) for path in after if after[path] != before.get(path)}
+    assert changed == {".sync-offsets", "analytics"}
+
+
+def test_skip_pending_does_not_cut_a_torn_line_in_two(home):
+    line = json.dumps(usage(2)).encode("ascii") + b"\n"
+    home.log("usage", usage(1))
+    home.append("usage", line[:40])
+    assert b"1 usage" in home.run("--skip-pending").out
+    home.append("usage", line[40:])
+    home.log("usage", usage(3))
+    assert numbers(synced(home).events()) == ["s-2", "s-3"]
+
+
+def test_skip_pending_of_nothing_says_so(home):
+    result = home.run("--skip-pending")
+    assert (result.code, b"0 usage, 0 feedback" in result.out) == (0, True)
+
+
+@POSIX
+def test_skip_pending_fails_where_another_run_is_at_work(home):
+    import fcntl
+    home.log("usage", usage(1))
+    fd = os.open(str(home.analytics), os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        result = home.run("--skip-pending")
+    finally:
+        os.close(fd)
+    assert (result.code, result.out, home.offsets()) == (1, b"", None)
+    assert b"another run" in result.err
+
+
+def test_skip_pending_fails_where_the_state_cannot_be_recorded(home):
+    home.log("usage", usage(1))
+    (home.analytics / ".sync-offsets").mkdir()
+    result = home.run("--skip-pending")
+    assert (result.code, result.out) == (1, b"")
+    assert b"cannot be recorded" in result.err
+    assert b"Traceback" not in result.err
+
+
+def test_background_holds_no_pipe_of_its_caller_and_delivers_later(home):
+    home.log("usage", usage(1))
+    hold = threading.Event()
+    with FakeBackend(lambda handler: hold.wait(30) and handler.reply(*OK)) as backend:
+        home.configure(baseUrl=backend.url)
+        out = subprocess.check_output([sys.executable, str(SCRIPT), "--background"], timeout=20,
+                                      env=home.environ(), stderr=subprocess.STDOUT)
+        assert (out, (home.offsets() or {}).get("last_sync_result")) != (b"", "ok")
+        hold.set()
+        until(lambda: (home.offsets() or {}).get("last_sync_result") == "ok")
+    assert numbers(backend.events()) == ["s-1"]
+
+
+COUNT_FORKS = """
+import os, runpy, sys
+os.fork = lambda: os.write(1, b"forked")
+sys.argv = [%(script)r, "--background"]
+runpy.run_path(%(script)r, run_name="__main__")
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("change, expected", [
+    (None, b"forked"), (no_consent, b""), (no_credentials, b""), (nothing_new, b"")])
+def test_background_makes_a_process_only_where_there_is_something_to_do(home, change, expected):
+    home.log("usage", usage(1))
+    if change:
+        change(home)
+    out = subprocess.check_output(
+        [sys.executable, "-c", COUNT_FORKS % {"script": str(SCRIPT)}], env=home.environ())
+    assert out == expected
+
+
+# The file: pasted, vendored, imported.
+
+SOURCE = SCRIPT.read_bytes()
+needs_bash = pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+
+
+def paste(home, command):
+    """Run the script out of a heredoc, as a skill's markdown has it."""
+    text = "%s %s\n%sSYNC_EOF\n" % (shlex.quote(sys.executable), command, SOURCE.decode("ascii"))
+    return wait(subprocess.Popen(
+        ["bash", "-c", text], env=home.environ(), cwd=str(home.path), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+
+
+@needs_bash
+@pytest.mark.parametrize("command", [
+    "- <<'SYNC_EOF'", "<<'SYNC_EOF'", "<< 'SYNC_EOF'", "- <<SYNC_EOF", "<<SYNC_EOF",
+    "- --max-time 20 <<'SYNC_EOF'"])
+def test_a_pasted_script_syncs(home, command):
+    home.log("usage", *[usage(number) for number in range(101)])
+    with FakeBackend(OK, OK, default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        assert paste(home, command) == Result(0, b"", b"")
+    assert numbers(backend.events()) == ["s-%d" % number for number in range(101)]
+    assert results(home) == (home.size("usage"), 0, "ok")
+
+
+@needs_bash
+@pytest.mark.parametrize("heredoc", ["<<'SYNC_EOF'", "<<SYNC_EOF"])
+@pytest.mark.parametrize("flag", ["--dry-run", "--pending", "--status", "--help", "--unknown"])
+def test_a_pasted_script_takes_flags_as_the_file_does(home, flag, heredoc):
+    home.log("usage", usage(1))
+    assert paste(home, "- %s %s" % (flag, heredoc)) == home.run(flag)
+
+
+@needs_bash
+def test_a_pasted_script_goes_to_the_background(home):
+    home.log("usage", usage(1))
+    with FakeBackend(OK, default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        assert paste(home, "- --background <<'SYNC_EOF'") == Result(0, b"", b"")
+        until(lambda: (home.offsets() or {}).get("last_sync_result") == "ok")
+
+
+def test_a_vendored_copy_does_the_same(home):
+    home.log("usage", usage(1))
+    copy = home.path / "skill scripts" / "telemetry.py"
+    copy.parent.mkdir()
+    shutil.copy(str(SCRIPT), str(copy))
+    process = subprocess.Popen([sys.executable, str(copy), "--dry-run"], env=home.environ(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert wait(process) == home.run("--dry-run")
+
+
+def test_it_runs_as_a_module(home):
+    home.log("usage", usage(1))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "secondme_sync", "--dry-run"], env=home.environ(), cwd=str(ROOT),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert wait(process) == home.run("--dry-run")
+
+
+def test_importing_has_no_effect(home):
+    home.log("usage", usage(1))
+    with FakeBackend(default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        before = snapshot(home)
+        out = subprocess.check_output([sys.executable, "-c", "import secondme_sync"], cwd=str(ROOT),
+                                      env=home.environ(), stderr=subprocess.STDOUT)
+        assert (out, backend.connections, snapshot(home)) == (b"", 0, before)
+
+
+@pytest.mark.parametrize("harmful", [
+    pytest.param(rb"[^\n -~]", id="not ASCII, a tab or CR"), pytest.param(rb"\$", id="dollar"),
+    pytest.param(rb"`", id="backtick"), pytest.param(rb"(?m)^\s*SYNC_EOF\s*$", id="SYNC_EOF"),
+    pytest.param(rb"\\[\\\n]", id="backslash that a heredoc eats"),
+    pytest.param(rb"[^\n]{101}", id="line over 100 columns"),
+    pytest.param(rb"[^\n]\Z", id="no newline at the end")])
+def test_the_file_has_nothing_that_pasting_would_harm(harmful):
+    assert re.findall(harmful, SOURCE) == []
+
+
+def test_the_file_is_600_lines_and_22_kib_at_most():
+    assert SOURCE.count(b"\n") <= 600
+    assert len(SOURCE) <= 22528
+
+
+def test_the_file_is_python_36():
+    options = {"feature_version": (3, 6)} if sys.version_info >= (3, 8) else {}
+    assert ast.parse(SOURCE.decode("ascii"), **options).body
