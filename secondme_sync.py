@@ -88,7 +88,6 @@ def read_small(*path):
 
 
 def printable(text):
-    """Return text if it is printable ASCII without spaces, else ""."""
     return text if isinstance(text, str) and all("!" <= char <= "~" for char in text) else ""
 
 
@@ -168,10 +167,11 @@ class Log:
             offset, saved = whole(state["resume"][name]["bytes"]), state["resume"][name]["guard"]
         except (KeyError, TypeError):  # an older script wrote it
             offset, saved = state[name + "_bytes"], None
+        offset = offset if offset <= self.size else 0
         file.seek(max(0, offset - GUARD_BYTES))
         self.tail = file.read(min(offset, GUARD_BYTES))
         guard = zlib.crc32(self.tail)
-        if offset > self.size or saved not in (None, guard):
+        if saved not in (None, guard):
             offset, guard, self.tail = 0, 0, b""
         self.mark = state["resume"][name] = {"bytes": offset, "guard": guard}
 
@@ -222,9 +222,10 @@ def count(logs):
     return Counter(log.name for log in logs for _ in log.items())
 
 
-def is_pending(state, logs):
-    """Tell whether there is an event to send, or an end to record."""
-    return any(any(log.items()) or log.mark["bytes"] > state[log.name + "_bytes"] for log in logs)
+def check_pending(state, logs):
+    """Stop if there is no event to send and no end to record."""
+    if not any(any(log.items()) or log.mark["bytes"] != state[log.name + "_bytes"] for log in logs):
+        raise Stop("nothing is pending")
 
 
 # Shape: events to bodies.
@@ -441,8 +442,7 @@ def sync(run):
     """send what is pending"""
     gate = read_gate(run)
     with open_logs(run, locked=True) as (state, logs, fd):
-        if not is_pending(state, logs):
-            raise Stop("nothing is pending")
+        check_pending(state, logs)
         save_state(run, state, "network_error")  # until the end; who cannot record must not send
 
         def accept(batch):
@@ -465,7 +465,8 @@ def dry_run(run):
         sys.stdout.buffer.write(body + b"\n")
         return "ok"
 
-    with open_logs(run) as (_, logs, _):
+    with open_logs(run) as (state, logs, _):
+        check_pending(state, logs)
         deliver(make_batches(logs, gate.mode), gate, show,
                 lambda batch: counts.update(log for log, _, _ in batch))
     run.say(f"{gate.mode} mode, to {url}: {describe(counts)}")
@@ -498,7 +499,8 @@ def has_work(run):
     with suppress(Stop):
         read_gate(run)
         with open_logs(run) as (state, logs, _):
-            return is_pending(state, logs)
+            check_pending(state, logs)
+            return True
     return False
 
 
@@ -520,11 +522,10 @@ def background(run):
 
 
 def detach():
-    """Return True in a new process, detached from the caller's."""
+    """Return True in a new process of its own."""
     if os.fork():
         return False
     os.setsid()
-    os.chdir("/")
     os.closerange(0, 1024)
     for _ in range(3):
         os.open(os.devnull, os.O_RDWR)
@@ -548,13 +549,14 @@ def parse_args(argv):
 
 
 def say(text):
-    if sys.stderr:
-        print("secondme_sync:", text, file=sys.stderr, flush=True)
+    with suppress(AttributeError, OSError, ValueError):  # closed
+        sys.stderr.write(f"secondme_sync: {text}\n")
+        sys.stderr.flush()
 
 
 def main(argv):
     action, home, seconds, verbose = parse_args(argv) if argv else (sync, "", RUN_SECONDS, False)
-    home = os.path.abspath(home or os.path.expanduser("~/.secondme"))
+    home = home or os.path.expanduser("~/.secondme")
     run = Run(home, os.path.join(home, "analytics"), os.environ, time.monotonic() + seconds,
               say if verbose or action in (dry_run, status, skip_pending) else lambda _: None, time)
     try:
@@ -562,7 +564,7 @@ def main(argv):
         return 0
     except Stop as stop:
         run.say(f"nothing is sent: {stop}")
-    except (Exception, KeyboardInterrupt) as error:  # the last resort: never a visible error
+    except (Exception, KeyboardInterrupt) as error:  # the last resort
         run.say("stopped: " + type(error).__name__)
     return int(action is skip_pending)
 

@@ -6,18 +6,26 @@ Waits are injected (FakeClock), not slept. In most tests the run is made in this
 others by a Python of its own; each has a home directory of its own, in tmp_path.
 """
 import ast
+import contextlib
 import email.utils
 import json
 import os
 import pathlib
+import random
 import re
 import shlex
 import shutil
+import signal
 import socket
+import socketserver
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
+import warnings
 from collections import namedtuple
 
 import pytest
@@ -1066,7 +1074,7 @@ def test_a_dry_run_says_mode_endpoint_and_counts(home, mode):
 
 @pytest.mark.parametrize("change, environ, reason", [
     (no_consent, {}, b"off"), (no_credentials, {}, b"not logged in"),
-    (nothing_new, {}, b"0 usage, 0 feedback"), (None, {"DO_NOT_TRACK": "1"}, b"DO_NOT_TRACK"),
+    (nothing_new, {}, b"nothing is pending"), (None, {"DO_NOT_TRACK": "1"}, b"DO_NOT_TRACK"),
     (None, {"SM_TEL": "off"}, b"SM_TEL"),
     (lambda home: home.configure(baseUrl="http://example.invalid"), {}, b"baseUrl")])
 def test_a_dry_run_says_why_nothing_would_be_sent(home, change, environ, reason):
@@ -1410,3 +1418,1344 @@ def test_the_file_is_600_lines_and_22_kib_at_most():
 def test_the_file_is_python_36():
     options = {"feature_version": (3, 6)} if sys.version_info >= (3, 8) else {}
     assert ast.parse(SOURCE.decode("ascii"), **options).body
+
+
+# ---------------------------------------------------------------------------------------------
+# Faults: every run below is made by a process of its own, over real sockets.
+
+SILENT = Result(0, b"", b"")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, FIFOs and limits")
+FLAGS = ([], ["-v"], ["--dry-run"], ["--status"], ["--pending"], ["--skip-pending"])
+
+
+@pytest.fixture
+def backend():
+    with FakeBackend() as backend:
+        yield backend
+
+
+@pytest.fixture
+def linked(home, backend):
+    """A home whose baseUrl is the backend's."""
+    home.configure(baseUrl=backend.url)
+    return home
+
+
+def start(home, command, **options):
+    """Start any command in a home, as Home.spawn starts the script."""
+    settings = dict(env=home.environ(), cwd=str(home.path), stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    settings.update(options)
+    return subprocess.Popen(command, **settings)
+
+
+def fork(work):
+    """Do work in a process of its own, which ends with the code it returns; return its id."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 3.12 warns of fork beside the backend's threads
+        pid = os.fork()
+    if not pid:
+        code = 70
+        try:
+            signal.alarm(20)
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def quick(home, *args, shim=""):
+    """Run the script as home.run does, but as a fork: ten times as fast; lines of shim first."""
+    def work():
+        sys.stdout, sys.stderr = [
+            open(os.dup2(stream.fileno(), number) or number, "w", encoding="utf-8")
+            for number, stream in ((1, out), (2, err))]
+        os.environ.clear()
+        os.environ.update(home.environ())
+        exec(shim, {})
+        code = secondme_sync.main(list(args))
+        sys.stdout.flush()
+        return code
+
+    if not hasattr(os, "fork"):
+        return home.run(*args)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        status = os.waitpid(fork(work), 0)[1]
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        return Result(code, *[stream.seek(0) or stream.read() for stream in (out, err)])
+
+
+def script(*args):
+    return [sys.executable, str(SCRIPT)] + list(args)
+
+
+def sessions(backend):
+    return [event["session"] for event in backend.events()]
+
+
+def names(letter, *numbers):
+    return ["%s-%d" % (letter, number) for number in numbers]
+
+
+def fill(home, uses, feedbacks=0):
+    """Log events 0..uses and 0..feedbacks; return the sessions that must arrive, in order."""
+    home.log("usage", *[usage(number) for number in range(uses)])
+    home.log("feedback", *[feedback(number) for number in range(feedbacks)])
+    return names("s", *range(uses)) + names("f", *range(feedbacks))
+
+
+def then(action, reply=OK):
+    """Return a scripted answer that does something before it replies."""
+    def answering(handler):
+        action()
+        handler.close_connection = False
+        handler.reply(*reply)
+    return answering
+
+
+class Hold:
+    """A scripted answer that never comes; arrived is set when the request is there."""
+
+    def __init__(self):
+        self.arrived, self.over = threading.Event(), threading.Event()
+
+    def __call__(self, handler):
+        self.arrived.set()
+        self.over.wait(30)
+
+
+@pytest.fixture
+def hold():
+    hold = Hold()
+    yield hold
+    hold.over.set()
+
+
+def files(home):
+    return sorted(path.name for path in home.analytics.iterdir())
+
+
+def is_done(home):
+    """Tell whether the state says that all is sent and nothing else is left in the folder."""
+    return results(home) == (home.size("usage"), home.size("feedback"), "ok") and \
+        set(files(home)) <= {".sync-offsets", "feedback.jsonl", "usage.jsonl"}
+
+
+# Row 5, 6: to no other place.
+
+@pytest.mark.parametrize("code", [300, 301, 302, 303, 304, 305, 307, 308, 399])
+def test_a_redirect_is_never_followed(home, code):
+    sent = fill(home, 1)
+    with FakeBackend() as other:
+        redirect = answer(code, Location="%s/api/secondme/telemetry/events/batch" % other.url)
+        with FakeBackend(redirect, OK) as backend:
+            home.configure(baseUrl=backend.url)
+            assert quick(home) == SILENT
+            assert results(home) == (0, 0, "server_error") and len(backend.requests) == 1
+            assert quick(home) == SILENT
+            assert sessions(backend) == sent * 2 and is_done(home)
+        assert other.requests == [] and other.connections == 0
+
+
+CONTACT = """
+import os, socket
+def told(*args, **kwargs):
+    os.write(2, b'contacted')
+    raise OSError
+socket.getaddrinfo = socket.gethostbyname = socket.socket.connect = told
+"""
+
+
+@pytest.mark.parametrize("url", [
+    "http://example.com", "http://127.0.0.1.example.com", "http://localhost.example.com",
+    "http://128.0.0.1", "http://0.0.0.0", "http://[::2]", "http://127.1", "http://2130706433",
+    "ftp://127.0.0.1", "file:///etc/passwd", "//127.0.0.1", "127.0.0.1", "", "https://",
+    "https://me@example.com", "https://me:word@example.com", "http://127.0.0.1@example.com",
+    "https://example.com\nHost: x", "https://exa mple.com", "https://ex\u00e4mple.com",
+    "https://example.com:port", "https://example.com:99999", "https://[::1", 7, True, [], {}])
+def test_a_base_url_that_is_no_good_is_contacted_by_no_packet(home, url):
+    fill(home, 1)
+    home.configure(baseUrl=url)
+    assert quick(home, shim=CONTACT) == SILENT
+    assert results(home) == (0, 0, "network_error")
+
+
+@pytest.mark.parametrize("url", ["https://example.com", "HTTPS://example.com/a/", "http://[::1]",
+                                 "http://localhost:1", "http://127.9.9.9"])
+def test_a_base_url_that_is_good_is_contacted(home, url):
+    fill(home, 1)
+    home.configure(baseUrl=url)
+    assert quick(home, shim=CONTACT) == Result(0, b"", b"contacted")
+    assert results(home) == (0, 0, "network_error")
+
+
+def test_a_slash_at_the_end_of_base_url_is_harmless(linked, backend):
+    fill(linked, 1)
+    linked.configure(baseUrl=backend.url + "/")
+    assert quick(linked) == SILENT
+    assert [request.path for request in backend.requests] == [
+        "/gate/lab/api/secondme/telemetry/events/batch"]
+
+
+# Row 8: what was accepted is not sent again.
+
+@pytest.mark.parametrize("failure, result", [
+    (answer(500), "server_error"), (answer(401), "auth_failed"), (DROP, "network_error"),
+    (answer(200, b"<html>"), "network_error"), (answer(200, {"code": 1}), "server_error")])
+def test_the_run_after_a_failure_goes_on_behind_the_accepted_batches(home, failure, result):
+    sent = fill(home, 150, 150)
+    with FakeBackend(OK, OK, failure, OK, default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        assert quick(home) == SILENT
+        assert results(home) == (0, 0, result)
+        assert quick(home) == SILENT
+        assert sessions(backend) == sent + sent[200:] and is_done(home)
+
+
+# Row 9: torn last lines.
+
+@pytest.mark.parametrize("log, event", [("usage", usage(7)), ("feedback", feedback(7))])
+@pytest.mark.parametrize("cut", [1, 40, -60, -1])
+def test_a_torn_line_waits_for_its_rest(linked, backend, log, event, cut):
+    fill(linked, 1, 1)
+    line = json.dumps(event, ensure_ascii=False).encode("utf-8") + b"\n"
+    cut = cut if cut > 0 else len(line) - 1 + cut
+    linked.append(log, line[:cut])
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    assert sessions(backend) == ["s-0", "f-0"]
+    linked.append(log, line[cut:])
+    assert quick(linked) == SILENT
+    assert sessions(backend) == ["s-0", "f-0", event["session"]] and is_done(linked)
+
+
+@pytest.mark.parametrize("rest", [b"\n", b"\r\n", b"\n\n"])
+def test_a_whole_event_without_newline_is_sent_once(linked, backend, rest):
+    linked.append("usage", json.dumps(usage(1)).encode())
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    assert sessions(backend) == ["s-1"] and is_done(linked)
+    linked.append("usage", rest)
+    assert quick(linked) == SILENT
+    linked.log("usage", usage(2))
+    assert quick(linked) == SILENT
+    assert sessions(backend) == ["s-1", "s-2"] and is_done(linked)
+
+
+def test_an_event_that_follows_one_without_newline_is_not_lost(linked, backend):
+    linked.append("usage", json.dumps(usage(1)).encode())
+    assert quick(linked) == SILENT
+    linked.append("usage", b"\n" + json.dumps(usage(2)).encode())
+    assert quick(linked) == SILENT
+    assert sessions(backend) == ["s-1", "s-2"] and is_done(linked)
+
+
+# Row 10: logs that change under the offset.
+
+def replace_log(home, name, *events):
+    (home.analytics / (name + ".jsonl")).unlink()
+    home.log(name, *events)
+
+
+def truncate_log(home, name, *events):
+    open(str(home.analytics / (name + ".jsonl")), "wb").close()
+    home.log(name, *events)
+
+
+@pytest.mark.parametrize("change", [replace_log, truncate_log])
+@pytest.mark.parametrize("count", [1, 3, 4, 40], ids=["smaller", "as long", "longer", "much"])
+def test_a_log_begun_again_is_read_from_its_beginning(linked, backend, change, count):
+    sent = fill(linked, 3, 1)
+    assert quick(linked) == SILENT
+    change(linked, "usage", *[usage(number) for number in range(5, 5 + count)])
+    assert quick(linked) == SILENT
+    assert sessions(backend) == sent + names("s", *range(5, 5 + count)) and is_done(linked)
+
+
+def test_an_emptied_log_is_no_fault(linked, backend):
+    sent = fill(linked, 3, 1)
+    assert quick(linked) == SILENT
+    truncate_log(linked, "usage")
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    linked.log("usage", usage(9))
+    assert quick(linked) == SILENT
+    assert sessions(backend) == sent + ["s-9"] and is_done(linked)
+
+
+def test_a_log_rotated_away_and_restored_loses_nothing(linked, backend):
+    fill(linked, 3)
+    assert quick(linked) == SILENT
+    (linked.analytics / "usage.jsonl").unlink()
+    assert quick(linked) == SILENT
+    linked.log("usage", usage(8), usage(9))
+    assert quick(linked) == SILENT
+    assert sessions(backend)[3:] == ["s-8", "s-9"] and is_done(linked)
+
+
+def test_a_log_shorter_than_the_older_scripts_offset_is_read_from_its_beginning(linked, backend):
+    sent = fill(linked, 2)
+    state = {"usage_bytes": linked.size("usage") + 1, "feedback_bytes": 0}
+    (linked.analytics / ".sync-offsets").write_text(json.dumps(state))
+    assert quick(linked) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+@pytest.mark.parametrize("name, event", [("usage", usage), ("feedback", feedback)])
+def test_what_is_appended_during_a_run_is_sent_once(home, name, event):
+    sent = fill(home, 120, 120) + [event(number)["session"] for number in (900, 901, 902)]
+    late = [then(lambda k=k: home.log(name, event(k))) for k in (900, 901, 902)]
+    with FakeBackend(*late) as backend:
+        home.configure(baseUrl=backend.url)
+        assert quick(home) == SILENT and quick(home) == SILENT
+        assert sorted(sessions(backend)) == sorted(sent) and is_done(home)
+
+
+@pytest.mark.parametrize("change", [replace_log, truncate_log])
+def test_a_log_begun_again_during_a_run_is_read_by_the_next(home, change):
+    fill(home, 150)
+    with FakeBackend(then(lambda: change(home, "usage", usage(901)))) as backend:
+        home.configure(baseUrl=backend.url)
+        assert quick(home) == SILENT and quick(home) == SILENT
+        assert sessions(backend).count("s-901") == 1 and is_done(home)
+
+
+# Row 11: lines that are no events.
+
+DEEP = b'{"session": "bad", "issues": %s%s}'
+BAD_LINES = {  # name: line, passed over
+    "an array": b'[{"session": "bad"}]',
+    "a string": b'"session"',
+    "a number": b"7",
+    "null": b"null",
+    "no JSON": b"{'session': 'bad'}",
+    "half an object": b'{"session": "bad", ',
+    "two objects": b'{"session": "bad"} {"session": "bad"}',
+    "a comma too many": b'{"session": "bad",}',
+    "NaN": b'{"session": "bad", "rating": NaN}',
+    "Infinity": b'{"session": "bad", "rating": Infinity}',
+    "-Infinity": b'{"session": "bad", "rating": -Infinity}',
+    "1e999": b'{"session": "bad", "rating": 1e999}',
+    "-1e999 inside": b'{"session": "bad", "issues": [{"x": -1.5e999}]}',
+    "nested 100,000 deep": DEEP % (b"[" * 100000, b"]" * 100000),
+    "nested 100,000 deep, unclosed": DEEP % (b"[" * 100000, b""),
+    "nested 900 deep": DEEP % (b"[" * 900, b"]" * 900),
+    "objects nested 900 deep": DEEP % (b'{"a":' * 900, b"1" + b"}" * 900),
+    "an integer of 5,000 digits": b'{"session": "bad", "rating": %s}' % (b"7" * 5000),
+    "longer than 1 MiB": b'{"session": "bad", "comment": "%s"}' % (b"x" * 1024 * 1024),
+    "much longer than 1 MiB": b'{"session": "bad", "x": "%s"}' % (b"\\" * 5 * 1024 * 1024),
+    "NUL bytes": b"\0" * 5000,
+    "a NUL byte inside": b'{"session": "b\0d"}',
+    "a control character inside": b'{"session": "b\x01d"}',
+    "bytes that are no text": bytes(range(128, 256)),
+    "UTF-16": json.dumps(usage(9)).encode("utf-16"),
+    "nothing": b"",
+    "blanks": b" \t  ",
+}
+REPAIRED = {  # name: line, session that arrives
+    "bad UTF-8": (b'{"session": "a\xffb"}', u"a\ufffdb"),
+    "a character cut short": (b'{"session": "a\xe4\xb8"}', u"a\ufffd"),
+    "a lone surrogate": (br'{"session": "a\ud800b"}', u"a\ufffdb"),
+    "a low surrogate": (br'{"session": "a\udc00"}', u"a\ufffd"),
+    "surrogates in the wrong order": (br'{"session": "\udc00\ud800"}', u"\ufffd\ufffd"),
+    "a pair as escapes": (br'{"session": "\ud83e\udde0"}', u"\U0001f9e0"),
+    "a BOM": (b'\xef\xbb\xbf{"session": "bom"}', "bom"),
+    "CR LF": (b'{"session": "crlf"}\r', "crlf"),
+    "blanks around": (b' \t{"session": "blanks"} ', "blanks"),
+    "an escaped NUL": (br'{"session": "a\u0000b"}', "a\0b"),
+    "almost 1 MiB": (b'{"session": "long", "x": "%s"}' % (b"x" * 1048000), "long"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD_LINES))
+def test_a_line_that_is_no_event_is_passed_over(linked, backend, name):
+    linked.log("usage", usage(1))
+    linked.append("usage", BAD_LINES[name] + b"\n")
+    linked.log("usage", usage(2))
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    assert sessions(backend) == ["s-1", "s-2"] and is_done(linked)
+
+
+@pytest.mark.parametrize("name", sorted(REPAIRED))
+def test_a_line_that_can_be_repaired_is_sent(linked, backend, name):
+    line, session = REPAIRED[name]
+    linked.log("usage", usage(1))
+    linked.append("usage", line + b"\n")
+    linked.log("usage", usage(2))
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    assert sessions(backend) == ["s-1", session, "s-2"] and is_done(linked)
+
+
+@pytest.mark.parametrize("log, event", [("usage", usage), ("feedback", feedback)])
+def test_all_bad_lines_together_stop_nothing(linked, backend, log, event):
+    for number, name in enumerate(sorted(BAD_LINES)):
+        linked.log(log, event(number))
+        linked.append(log, BAD_LINES[name] + b"\n")
+    assert linked.run() == SILENT and linked.run() == SILENT
+    assert sessions(backend) == [event(number)["session"] for number in range(len(BAD_LINES))]
+    assert is_done(linked)
+
+
+@pytest.mark.parametrize("name", ["NaN", "NUL bytes", "longer than 1 MiB", "half an object"])
+def test_a_bad_last_line_without_newline_keeps_nothing_back(linked, backend, name):
+    sent = fill(linked, 2, 2)
+    linked.append("usage", BAD_LINES[name])
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    linked.append("usage", b"\n")
+    linked.log("usage", usage(7))
+    assert quick(linked) == SILENT
+    assert sessions(backend) == sent + ["s-7"] and is_done(linked)
+
+
+# Row 12: files that are broken.
+
+def make_directory(path):
+    path.mkdir()
+    (path / "file").write_text("x")
+
+
+BREAKAGES = {
+    "directory": make_directory,
+    "FIFO": lambda path: os.mkfifo(str(path)),
+    "garbage": lambda path: path.write_bytes(bytes(range(256)) * 8),
+    "other type": lambda path: path.write_text('["community", 7]'),
+    "deep": lambda path: path.write_text("[" * 100000),
+    "empty": lambda path: path.write_text(""),
+    "dangling link": lambda path: path.symlink_to(path.parent / "nowhere"),
+    "link to itself": lambda path: path.symlink_to(path),
+}
+
+
+def break_file(home, name, breakage):
+    """Put something broken in the place of a file; return its path."""
+    path = (home.analytics if name in (".sync-offsets", "usage.jsonl") else home.dir) / name
+    if path.exists():
+        path.unlink()
+    BREAKAGES[breakage](path)
+    return path
+
+
+def remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(str(path))
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+
+
+@posix
+@pytest.mark.parametrize("breakage", sorted(BREAKAGES))
+@pytest.mark.parametrize("name", ["config", "credentials"])
+def test_without_readable_consent_and_token_nothing_is_sent(linked, backend, name, breakage):
+    fill(linked, 1, 1)
+    break_file(linked, name, breakage)
+    assert quick(linked) == SILENT
+    assert backend.connections == 0 and linked.offsets() is None
+
+
+@posix
+@pytest.mark.parametrize("breakage", sorted(BREAKAGES))
+def test_a_broken_device_id_keeps_nothing_back(linked, backend, breakage):
+    sent = fill(linked, 1, 1)
+    break_file(linked, ".device-id", breakage)
+    assert quick(linked) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+    if breakage not in ("garbage", "other type", "deep"):  # which are text, of a kind
+        assert "deviceId" not in backend.bodies()[0]
+
+
+@posix
+@pytest.mark.parametrize("breakage", sorted(BREAKAGES))
+def test_a_broken_log_does_not_keep_back_the_other(linked, backend, breakage):
+    linked.log("feedback", feedback(1))
+    path = break_file(linked, "usage.jsonl", breakage)
+    assert quick(linked) == SILENT
+    assert sessions(backend) == ["f-1"]
+    remove(path)
+    linked.log("usage", usage(1))
+    assert quick(linked) == SILENT
+    assert sessions(backend) == ["f-1", "s-1"] and is_done(linked)
+
+
+@posix
+@pytest.mark.parametrize("breakage", sorted(set(BREAKAGES) - {"directory"}))
+def test_a_broken_state_counts_as_none(linked, backend, breakage):
+    sent = fill(linked, 1, 1)
+    break_file(linked, ".sync-offsets", breakage)
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+@posix
+@pytest.mark.parametrize("flags", FLAGS + (["--background"],), ids=lambda flags: " ".join(flags))
+def test_fifos_in_all_places_hang_nothing(linked, backend, flags):
+    fill(linked, 1, 1)
+    for name in (".device-id", "credentials", ".sync-offsets", "usage.jsonl", "config"):
+        break_file(linked, name, "FIFO")
+        result = quick(linked, *flags)
+        assert b"Traceback" not in result.err and result.code in (0, 1)
+
+
+@posix
+@pytest.mark.parametrize("name", [".secondme", "analytics"])
+@pytest.mark.parametrize("breakage", sorted(BREAKAGES))
+def test_a_broken_folder_is_no_visible_error(tmp_path, name, breakage):
+    home = Home(tmp_path)
+    path = {".secondme": home.dir, "analytics": home.analytics}[name]
+    shutil.rmtree(str(path))
+    BREAKAGES[breakage](path)
+    assert quick(home) == SILENT
+
+
+@pytest.mark.parametrize("value", [
+    -1, -10**30, 1.5, "7", None, True, [1], {}, 10**9, 2**62, 2**63, 10**400, 1e300], ids=repr)
+@pytest.mark.parametrize("key", ["usage_bytes", "resume"])
+def test_an_offset_that_is_none_counts_as_0(linked, backend, key, value):
+    sent = fill(linked, 2, 1)
+    wrong = value if key == "usage_bytes" else {"usage": {"bytes": value, "guard": 0}}
+    state = {"usage_bytes": 0, "feedback_bytes": 0, key: wrong}
+    (linked.analytics / ".sync-offsets").write_text(json.dumps(state))
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+@pytest.mark.parametrize("resume", [
+    7, [], "x", None, {"usage": 7}, {"usage": []}, {"usage": {}}, {"usage": {"bytes": 9}},
+    {"usage": {"bytes": 9, "guard": "x"}}, {"usage": {"bytes": 9, "guard": 10**30}}])
+def test_a_resume_that_is_none_counts_as_0(linked, backend, resume):
+    sent = fill(linked, 2, 1)
+    state = {"usage_bytes": 0, "feedback_bytes": 0, "resume": resume}
+    (linked.analytics / ".sync-offsets").write_text(json.dumps(state))
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+# Row 13: the outcome cannot be recorded.
+
+def full_disk():
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+
+@posix
+def test_on_a_full_disk_nothing_is_sent_till_there_is_room(linked, backend):
+    sent = fill(linked, 2, 1)
+    assert wait(start(linked, script(), preexec_fn=full_disk)) == SILENT
+    assert backend.requests == [] and files(linked) == ["feedback.jsonl", "usage.jsonl"]
+    assert quick(linked) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+@posix
+def test_on_a_full_disk_the_state_stays_as_it_was(linked, backend):
+    fill(linked, 2, 1)
+    assert quick(linked) == SILENT
+    before = linked.offsets()
+    linked.log("usage", usage(7))
+    assert wait(start(linked, script(), preexec_fn=full_disk)) == SILENT
+    assert linked.offsets() == before and len(backend.requests) == 1
+    assert quick(linked) == SILENT
+    assert sessions(backend)[3:] == ["s-7"] and is_done(linked)
+
+
+def test_with_a_directory_for_a_state_nothing_is_sent_till_it_is_gone(linked, backend):
+    sent = fill(linked, 2, 1)
+    path = break_file(linked, ".sync-offsets", "directory")
+    assert quick(linked) == SILENT and quick(linked) == SILENT
+    assert backend.requests == []
+    remove(path)
+    assert quick(linked) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_in_a_read_only_folder_nothing_is_sent_till_it_is_writable(linked, backend):
+    sent = fill(linked, 2, 1)
+    linked.analytics.chmod(0o555)
+    assert quick(linked) == SILENT and backend.requests == []
+    linked.analytics.chmod(0o755)
+    assert quick(linked) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+TROUBLE = """
+import builtins, fcntl, os, signal
+owner, name = {call!r}.split(".")
+owner = globals()[owner]
+real, calls, lasts = getattr(owner, name), [], {lasts!r}
+def troubled(*args, **kwargs):
+    path = str(args[0]) if args else ""
+    if path.endswith(".py") or name == "open" and path.endswith(".sync-offsets"):
+        return real(*args, **kwargs)  # a state that can't be read is another matter (row 12)
+    calls.append(path)
+    if len(calls) == {nth} or lasts and len(calls) > {nth}:
+        if {how!r} == "fail":
+            raise OSError(28, "trouble")
+        {how!r} == "kill after" and real(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(owner, name, troubled)
+"""
+
+
+def trouble(call, nth, how, lasts=False):
+    return TROUBLE.format(call=call, nth=nth, how=how, lasts=lasts)
+
+
+@posix
+@pytest.mark.parametrize("call", ["os.replace", "builtins.open", "os.open"])
+def test_where_a_call_always_fails_nothing_is_sent_or_all_is_sent_once(linked, backend, call):
+    sent = fill(linked, 2, 1)
+    for _ in range(2):
+        assert quick(linked, shim=trouble(call, 1, "fail", lasts=True)) == SILENT
+    assert quick(linked) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+@posix
+def test_a_disk_that_fills_while_the_server_hangs_does_not_hang_the_run(home, hold):
+    sent = fill(home, 2, 1)
+    with FakeBackend(hold) as backend:
+        home.configure(baseUrl=backend.url)
+        shim = trouble("os.replace", 2, "fail", lasts=True)
+        assert quick(home, "--max-time", "0.5", shim=shim) == SILENT
+        assert quick(home) == SILENT
+        assert sessions(backend) == sent * 2 and is_done(home)
+
+
+# Row 14: several runs at once.
+
+def test_eight_runs_at_once_send_every_event_once(linked, backend):
+    sent = fill(linked, 500, 150)
+    backend.script.extend([then(lambda: time.sleep(0.05))] * 7)
+    runs = [linked.spawn() for _ in range(8)]
+    assert [wait(run) for run in runs] == [SILENT] * 8
+    assert sessions(backend) == sent and is_done(linked)
+
+
+@posix
+def test_a_second_run_leaves_at_once_and_the_lock_dies_with_its_holder(home, hold):
+    sent = fill(home, 1)
+    with FakeBackend(hold) as backend:
+        home.configure(baseUrl=backend.url)
+        holder = home.spawn()
+        assert hold.arrived.wait(20)
+        for flags in ([], ["--background"]):
+            assert home.run(*flags) == SILENT
+        assert len(backend.requests) == 1
+        holder.kill()
+        assert wait(holder).code == -signal.SIGKILL
+        assert home.run() == SILENT
+        assert sessions(backend) == sent * 2 and is_done(home)
+
+
+def test_a_platform_without_fcntl_syncs(linked, backend):
+    sent = fill(linked, 120, 1)
+    code = "import runpy, sys\nsys.modules['fcntl'] = None\ndel sys.argv[0]\n" \
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    for _ in range(2):
+        assert wait(start(linked, [sys.executable, "-c", code, str(SCRIPT)])) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+@posix
+def test_a_file_system_without_flock_syncs(linked, backend):
+    sent = fill(linked, 1, 1)
+    shim = trouble("fcntl.flock", 1, "fail", lasts=True)  # as ENOLCK, EBADF on network disks
+    assert quick(linked, shim=shim) == SILENT and quick(linked, shim=shim) == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+# Row 15: servers that take their time.
+
+def pour(handler, head, piece, pause):
+    """Send head, then piece again and again, till the client has gone."""
+    with contextlib.suppress(OSError):
+        handler.wfile.write(head)
+        while True:
+            handler.wfile.write(piece)
+            handler.wfile.flush()
+            time.sleep(pause)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+SLOW = {  # name: what the server sends first, then again and again, and the pause between
+    "drips its status line": (b"HTTP/1.1 200 ", b"x", 0.05),
+    "drips its headers": (HEAD + b"X-Drip: ", b"x", 0.05),
+    "drips its body": (HEAD + b"Content-Length: 90000\r\n\r\n", b" ", 0.05),
+    "drips chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", 0.05),
+    "says 100 for ever": (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001),
+}
+ENDLESS = {
+    "an endless status line": (b"HTTP/1.1 200 ", b"x" * 65536, 0),
+    "an endless header": (HEAD + b"X-Long: ", b"x" * 65536, 0),
+    "endless headers": (HEAD, b"X-Many: x\r\n" * 1000, 0),
+    "an endless body": (HEAD + b"\r\n", b" " * 65536, 0),
+    "endless chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+                       b"10000\r\n" + b" " * 65536 + b"\r\n", 0),
+    "one endless chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n7fffffff\r\n",
+                          b" " * 65536, 0),
+    "a body that is announced endless": (HEAD + b"Content-Length: 9" + b"9" * 15 + b"\r\n\r\n",
+                                         b" " * 65536, 0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SLOW) + ["never answers"])
+def test_a_server_that_dawdles_is_left_in_time(home, hold, name):
+    sent = fill(home, 150)
+    slow = hold if name not in SLOW else lambda handler: pour(handler, *SLOW[name])
+    with FakeBackend(OK, slow) as backend:
+        home.configure(baseUrl=backend.url)
+        begun = time.monotonic()
+        assert home.run("--max-time", "0.4") == SILENT
+        assert time.monotonic() - begun < 8
+        assert results(home) == (0, 0, "network_error")
+        assert home.run() == SILENT
+        assert sessions(backend) == sent + sent[100:] and is_done(home)
+
+
+@posix
+@pytest.mark.parametrize("name", sorted(ENDLESS))
+def test_an_endless_answer_takes_little_memory(home, name):
+    fill(home, 1)
+    with FakeBackend(lambda handler: pour(handler, *ENDLESS[name])) as backend:
+        home.configure(baseUrl=backend.url)
+        process = home.spawn("--max-time", "2")
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = status
+        assert (status,) + process.communicate() == (0, b"", b"")
+        assert used.ru_maxrss < (100 << (20 if sys.platform == "darwin" else 10))
+        assert results(home) == (0, 0, "network_error")
+
+
+FAST_CLOCK = """
+import time
+real = time.monotonic
+time.monotonic = lambda: real() * 5
+"""
+
+
+def test_one_request_takes_10_seconds_at_most(home, hold):
+    fill(home, 1)
+    with FakeBackend(hold) as backend:
+        home.configure(baseUrl=backend.url)
+        begun = time.monotonic()
+        assert quick(home, shim=FAST_CLOCK) == SILENT
+        assert 1.9 < time.monotonic() - begun < 5.5  # 30 s would take 6
+        assert results(home) == (0, 0, "network_error") and len(backend.requests) == 1
+
+
+def test_name_resolution_that_hangs_ends_in_time(linked, backend):
+    sent = fill(linked, 1)
+    shim = "import socket, time\nsocket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)"
+    begun = time.monotonic()
+    assert quick(linked, "--max-time", "0.5", shim=shim) == SILENT
+    assert time.monotonic() - begun < 20
+    assert results(linked) == (0, 0, "network_error") and backend.requests == []
+    assert linked.run() == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+def test_a_wait_before_the_retry_counts_for_max_time(home):
+    fill(home, 1)
+    with FakeBackend(answer(429, Retry_After=10)) as backend:
+        home.configure(baseUrl=backend.url)
+        begun = time.monotonic()
+        assert home.run("--max-time", "0.5") == SILENT
+        assert time.monotonic() - begun < 8
+        assert results(home)[2] in ("server_error", "network_error")
+        assert len(backend.requests) == 1
+
+
+# Row 16: killed at any moment, any call failing.
+
+def repeats(sessions):
+    return len(sessions) - len(set(sessions))
+
+
+@posix
+def test_runs_killed_at_random_moments_lose_nothing(home):
+    chance = random.Random(16)
+    sent, kills = fill(home, 1000, 250), 0
+    with FakeBackend(*[then(lambda: time.sleep(0.01))] * 2000) as backend:
+        home.configure(baseUrl=backend.url)
+        for _ in range(15):
+            run = home.spawn()
+            time.sleep(chance.uniform(0.02, 0.25))
+            run.kill()
+            kills += wait(run).code == -signal.SIGKILL
+            assert isinstance(home.offsets(), (dict, type(None)))
+        assert home.run() == SILENT
+        assert set(sessions(backend)) == set(sent) and is_done(home)
+        assert repeats(sessions(backend)) <= 100 * kills
+
+
+CALLS = ["os.replace", "os.fsync", "os.open", "os.unlink", "os.chmod", "os.stat", "os.close",
+         "os.lstat", "builtins.open", "fcntl.flock"]
+
+
+@posix
+@pytest.mark.parametrize("how", ["fail", "kill before", "kill after"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_fails_or_is_the_last_loses_nothing(linked, backend, call, how):
+    sent = fill(linked, 120, 90)
+    for nth in (1, 3):
+        result = quick(linked, shim=trouble(call, nth, how))
+        assert result == SILENT or how != "fail" and result == (-signal.SIGKILL, b"", b"")
+        assert isinstance(linked.offsets(), (dict, type(None)))
+    assert quick(linked) == SILENT
+    linked.log("usage", usage(7000))
+    assert quick(linked) == SILENT
+    assert set(sessions(backend)) == set(sent) | {"s-7000"} and is_done(linked)
+    assert repeats(sessions(backend)) <= 200
+
+
+@posix
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_killed_at_an_answer_repeats_that_batch_alone(home, moment):
+    sent, runs = fill(home, 250), []
+
+    def kill(handler):
+        if moment == "after":
+            handler.reply(*OK)
+        runs[0].kill()
+
+    with FakeBackend(then(lambda: time.sleep(0.2)), kill) as backend:
+        home.configure(baseUrl=backend.url)
+        runs.append(home.spawn())
+        wait(runs[0])
+        assert home.run() == SILENT
+        assert set(sessions(backend)) == set(sent) and is_done(home)
+        assert repeats(sessions(backend)) in ((100,) if moment == "before" else (0, 100))
+
+
+@pytest.mark.parametrize("stale", [0, 1, 10**6], ids=["none", "some", "of a longer log"])
+def test_an_end_that_was_not_recorded_is_recorded_without_a_request(linked, backend, stale):
+    fill(linked, 2, 2)
+    assert quick(linked) == SILENT
+    state = dict(linked.offsets(), usage_bytes=stale, last_sync_result="network_error")
+    (linked.analytics / ".sync-offsets").write_text(json.dumps(state))
+    assert quick(linked) == SILENT
+    assert len(backend.requests) == 1 and is_done(linked)
+
+
+# Row 17: consent withdrawn while a backlog drains.
+
+@pytest.mark.parametrize("withdraw", [
+    lambda home: home.configure(telemetry="off"), lambda home: home.configure(telemetry=None),
+    lambda home: home.configure(telemetry=True), lambda home: (home.dir / "config").unlink(),
+    lambda home: (home.dir / "config").write_text("{")],
+    ids=["off", "no key", "other type", "no file", "broken"])
+def test_consent_withdrawn_in_mid_run_ends_it(home, withdraw):
+    sent = fill(home, 150, 150)
+    with FakeBackend(then(lambda: withdraw(home))) as backend:
+        home.configure(baseUrl=backend.url)
+        assert quick(home) == SILENT and quick(home) == SILENT
+        assert len(backend.requests) == 1 and results(home)[:2] == (0, 0)
+        consent = {"baseUrl": backend.url, "telemetry": "community"}
+        (home.dir / "config").write_text(json.dumps(consent))
+        assert quick(home) == SILENT
+        assert sessions(backend) == sent and is_done(home)
+
+
+def test_consent_lowered_in_mid_run_holds_for_the_next_batch(home):
+    fill(home, 150)
+    with FakeBackend(then(lambda: home.configure(telemetry="anonymous"))) as backend:
+        home.configure(baseUrl=backend.url)
+        assert quick(home) == SILENT and quick(home) == SILENT
+        assert [body["telemetryMode"] for body in backend.bodies()] == ["community", "anonymous"]
+        assert [len(body["events"]) for body in backend.bodies()] == [100, 50]
+        assert not any("session" in event for event in backend.events()[100:])
+        assert "deviceId" not in backend.bodies()[1] and is_done(home)
+
+
+def test_consent_withdrawn_before_a_retry_ends_the_run(home):
+    fill(home, 1)
+    off = then(lambda: home.configure(telemetry="off"), answer(429, Retry_After=0))
+    with FakeBackend(off) as backend:
+        home.configure(baseUrl=backend.url)
+        assert quick(home) == SILENT
+        assert len(backend.requests) == 1 and results(home)[:2] == (0, 0)
+
+
+# Row 19: streams, locale, signals.
+
+@posix
+@pytest.mark.parametrize("closed, flags", [
+    ("<&-", ""), ("2>&-", "-v"), (">&-", "--dry-run"), (">&-", "--status"),
+    ("<&- >&- 2>&-", ""), ("<&- >&- 2>&-", "-v"), ("<&- >&- 2>&-", "--background")])
+def test_closed_streams_are_no_fault(linked, backend, closed, flags):
+    sent = fill(linked, 1, 1)
+    line = 'exec "$0" "$@" ' + closed
+    result = wait(start(linked, ["sh", "-c", line] + script(*flags.split())))
+    assert result.code == 0 and b"Traceback" not in result.err
+    assert linked.run() == SILENT
+    until(lambda: is_done(linked) if linked.offsets() else False)
+    assert sessions(backend) == sent
+
+
+@contextlib.contextmanager
+def useless(kind):
+    """Yield the descriptor of a stream that takes nothing."""
+    if kind == "closed pipe":
+        begin, end = os.pipe()
+        os.close(begin)
+    elif os.path.exists("/dev/full"):
+        end = os.open("/dev/full", os.O_WRONLY)
+    else:
+        pytest.skip("no /dev/full here")
+    yield end
+    os.close(end)
+
+
+@pytest.mark.parametrize("kind", ["closed pipe", "full disk"])
+@pytest.mark.parametrize("stream, flag", [
+    ("stderr", "-v"), ("stderr", "--dry-run"), ("stdout", "--dry-run"), ("stdout", "--status"),
+    ("stdout", "--pending")])
+def test_a_stream_that_takes_nothing_is_no_fault(linked, backend, stream, flag, kind):
+    sent = fill(linked, 150)
+    with useless(kind) as end:
+        result = wait(start(linked, script(flag), **{stream: end}))
+    shown = (result.out or b"") + (result.err or b"")
+    assert result.code == 0 and b"Traceback" not in shown and b"Exception ignored" not in shown
+    assert linked.run() == SILENT
+    assert sessions(backend) == sent and is_done(linked)
+
+
+def test_a_stderr_that_takes_nothing_does_not_hang_a_run_whose_server_hangs(home, hold):
+    fill(home, 1)
+    with FakeBackend(hold) as backend, useless("closed pipe") as end:
+        home.configure(baseUrl=backend.url)
+        begun = time.monotonic()
+        assert wait(start(home, script("-v", "--max-time", "0.5"), stderr=end)).code == 0
+        assert time.monotonic() - begun < 8
+        assert results(home) == (0, 0, "network_error")
+
+
+def test_dry_run_into_a_pipe_that_is_closed_early_is_no_fault(linked):
+    fill(linked, 5000)
+    process = linked.spawn("--dry-run")
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(20) == 0 and b"Traceback" not in err and b"Exception ignored" not in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--status"], ["-v"]],
+                         ids=lambda flags: " ".join(flags))
+def test_a_locale_without_utf8_is_no_fault(linked, backend, flags):
+    fill(linked, 1, 1)
+    locale = dict(LANG="C", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    result = linked.run(*flags, **locale)
+    assert result.code == 0 and b"Error" not in result.err
+    assert flags or result == SILENT
+    assert linked.run(**locale) == SILENT
+    assert backend.events()[0]["user_intent"] == usage(0)["user_intent"] and is_done(linked)
+
+
+@pytest.mark.parametrize("reply", [OK, answer(500), answer(200, b" " * 200000), DROP,
+                                   answer(200, b"<html>"), answer(401)],
+                         ids=["ok", "500", "long", "drop", "html", "401"])
+def test_python_in_dev_mode_warns_of_nothing(home, reply):
+    fill(home, 150, 1)
+    with FakeBackend(OK, reply) as backend:
+        home.configure(baseUrl=backend.url)
+        command = [sys.executable, "-X", "dev", "-W", "error", str(SCRIPT)]
+        assert wait(start(home, command)) == SILENT
+        assert wait(start(home, command)) == SILENT
+        assert is_done(home)
+
+
+def default_signals():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # a CI may have had them ignored
+
+
+@posix
+@pytest.mark.parametrize("name, code", [
+    ("SIGINT", 0), ("SIGTERM", -signal.SIGTERM), ("SIGHUP", -getattr(signal, "SIGHUP", 1))])
+def test_a_signal_ends_a_waiting_run_at_once_and_silently(home, hold, name, code):
+    sent = fill(home, 150)
+    with FakeBackend(OK, hold) as backend:
+        home.configure(baseUrl=backend.url)
+        run = start(home, script(), preexec_fn=default_signals)
+        assert hold.arrived.wait(20)
+        begun = time.monotonic()
+        run.send_signal(getattr(signal, name))
+        assert wait(run) == (code, b"", b"") and time.monotonic() - begun < 5
+        assert results(home)[:2] == (0, 0)
+        assert home.run() == SILENT
+        assert sessions(backend) == sent + sent[100:] and is_done(home)
+
+
+@posix
+def test_ctrl_c_while_it_waits_to_retry_is_silent(home):
+    fill(home, 1)
+    arrived = threading.Event()
+    with FakeBackend(then(arrived.set, answer(429, Retry_After=10))) as backend:
+        home.configure(baseUrl=backend.url)
+        run = start(home, script(), preexec_fn=default_signals)
+        assert arrived.wait(20)
+        time.sleep(0.2)
+        run.send_signal(signal.SIGINT)
+        assert wait(run) == SILENT and len(backend.requests) == 1
+
+
+# Row 20: the mode of the state.
+
+@posix
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_a_new_state_is_for_its_owner_alone(linked, umask):
+    fill(linked, 1)
+    assert wait(start(linked, script(), preexec_fn=lambda: os.umask(umask))) == SILENT
+    assert (linked.analytics / ".sync-offsets").stat().st_mode & 0o777 == 0o600
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o664, 0o666])
+def test_the_mode_of_a_state_is_kept(linked, mode):
+    fill(linked, 1)
+    path = linked.analytics / ".sync-offsets"
+    path.write_text("{}")
+    path.chmod(mode)
+    assert quick(linked) == SILENT
+    assert path.stat().st_mode & 0o777 == mode and is_done(linked)
+
+
+# Row 21 and the token: where it must not go.
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """A proxy on loopback that does CONNECT alone; heads and seen are what clients sent."""
+
+    daemon_threads, allow_reuse_address = True, True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), None)
+        self.heads, self.seen = [], bytearray()
+
+    def finish_request(self, client, address):
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += client.recv(1) or b"\r\n\r\n"
+        self.heads.append(head)
+        host, port = head.split()[1].decode().rsplit(":", 1)
+        with socket.create_connection((host, int(port)), 20) as server:
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            back = threading.Thread(target=self.relay, args=(server, client), daemon=True)
+            back.start()
+            self.relay(client, server, self.seen)
+            back.join(20)
+
+    def relay(self, source, target, seen=None):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                if seen is not None:
+                    seen.extend(data)
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+    def url(self, login=""):
+        return "http://%s127.0.0.1:%d" % (login, self.server_address[1])
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """The path of a self-signed certificate, with its key, for 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "cnf").write_text(
+        "[req]\ndistinguished_name=name\nx509_extensions=ext\nprompt=no\n[name]\nCN=127.0.0.1\n"
+        "[ext]\nsubjectAltName=IP:127.0.0.1\nbasicConstraints=critical,CA:TRUE\n"
+        "keyUsage=critical,digitalSignature,keyCertSign\nsubjectKeyIdentifier=hash\n")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -config cnf -keyout key -out crt"
+    if not shutil.which("openssl") or subprocess.call(
+            command.split(), cwd=str(folder), stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL):
+        pytest.skip("no openssl here that makes a certificate")
+    (folder / "both").write_bytes((folder / "crt").read_bytes() + (folder / "key").read_bytes())
+    return str(folder / "both")
+
+
+@pytest.fixture
+def tls_backend(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with FakeBackend(context=context) as backend:
+        yield backend
+
+
+def test_a_self_signed_certificate_is_refused(home, tls_backend):
+    fill(home, 1)
+    home.configure(baseUrl=tls_backend.url)
+    assert home.run() == SILENT
+    assert tls_backend.requests == [] and results(home) == (0, 0, "network_error")
+
+
+def test_a_certificate_of_another_host_is_refused(home, tls_backend, certificate):
+    fill(home, 1)
+    home.configure(baseUrl=tls_backend.url.replace("127.0.0.1", "localhost"))
+    assert home.run(SSL_CERT_FILE=certificate) == SILENT
+    assert tls_backend.requests == [] and results(home) == (0, 0, "network_error")
+
+
+def test_a_certificate_that_is_trusted_is_accepted(home, tls_backend, certificate):
+    sent = fill(home, 150, 1)
+    home.configure(baseUrl=tls_backend.url)
+    assert home.run(SSL_CERT_FILE=certificate) == SILENT
+    assert sessions(tls_backend) == sent and is_done(home)
+
+
+@pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY"])
+@pytest.mark.parametrize("login, header", [
+    ("", None), ("me:w%40rd@", b"Basic bWU6d0ByZA==")], ids=["no login", "login"])
+def test_the_token_stays_in_the_tunnel_of_a_proxy(home, tls_backend, certificate, variable,
+                                                  login, header):
+    sent = fill(home, 150)
+    home.configure(baseUrl=tls_backend.url)
+    with Proxy() as proxy:
+        env = {variable: proxy.url(login), "SSL_CERT_FILE": certificate}
+        assert home.run(**env) == SILENT
+        assert sessions(tls_backend) == sent and is_done(home)
+        head = b"".join(proxy.heads)
+        assert head.startswith(b"CONNECT 127.0.0.1:%d HTTP/1." % tls_backend.port)
+        assert (b"Proxy-Authorization: %s\r\n" % header in head) if header else (
+            b"roxy-" not in head)
+        assert len(proxy.seen) > 1000
+        assert TOKEN.encode() not in head + bytes(proxy.seen) and b"Bearer" not in head
+        assert not any(name.lower().startswith("proxy") for request in tls_backend.requests
+                       for name in request.headers)
+        assert tls_backend.requests[0].headers["Authorization"] == "Bearer " + TOKEN
+
+
+def test_a_proxy_without_a_scheme_is_used(home, tls_backend, certificate):
+    sent = fill(home, 1)
+    home.configure(baseUrl=tls_backend.url)
+    with Proxy() as proxy:
+        proxy_name = proxy.url().replace("http://", "")
+        assert home.run(https_proxy=proxy_name, SSL_CERT_FILE=certificate) == SILENT
+        assert sessions(tls_backend) == sent and len(proxy.heads) == 1
+
+
+@pytest.mark.parametrize("no_proxy", ["127.0.0.1", "*", "example.com, 127.0.0.1"])
+def test_no_proxy_is_honoured(home, tls_backend, certificate, no_proxy):
+    sent = fill(home, 1)
+    home.configure(baseUrl=tls_backend.url)
+    with Proxy() as proxy:
+        assert home.run(https_proxy=proxy.url(), no_proxy=no_proxy,
+                        SSL_CERT_FILE=certificate) == SILENT
+        assert sessions(tls_backend) == sent and proxy.heads == []
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://", "http://:x", "http://a b", "://",
+                                 "http://127.0.0.1:99999", "socks5://127.0.0.1:1"])
+def test_a_proxy_that_is_no_good_is_a_network_error(home, tls_backend, url):
+    fill(home, 1)
+    home.configure(baseUrl=tls_backend.url)
+    assert home.run(https_proxy=url) == SILENT
+    assert tls_backend.requests == [] and results(home) == (0, 0, "network_error")
+
+
+def test_plain_http_on_this_machine_goes_through_no_proxy(linked, backend):
+    sent = fill(linked, 1)
+    with Proxy() as proxy:
+        names = "http_proxy", "https_proxy", "all_proxy", "HTTPS_PROXY", "ALL_PROXY"
+        assert linked.run(**{name: proxy.url() for name in names}) == SILENT
+        assert sessions(backend) == sent and proxy.heads == []
+
+
+@pytest.mark.parametrize("text", ["\n", "\r\nX-More: 1", "\0", "\x7f", "\u00e9", " ", "\u2028"],
+                         ids=ascii)
+def test_a_token_that_fits_no_header_is_neither_sent_nor_shown(linked, backend, text):
+    fill(linked, 1, 1)
+    for token in ("LEAK" + text + "LEAK", "LEAK" + text):
+        (linked.dir / "credentials").write_text(json.dumps({"accessToken": token}))
+        for flags in FLAGS[:4]:
+            result = quick(linked, *flags)
+            assert result.code == 0 and b"LEAK" not in result.out + result.err
+    assert backend.connections == 0 and linked.offsets() is None
+
+
+@pytest.mark.parametrize("token", [None, "", 7, True, ["LEAK"], {"LEAK": "LEAK"}], ids=repr)
+def test_a_token_of_another_type_counts_as_none(linked, backend, token):
+    fill(linked, 1)
+    (linked.dir / "credentials").write_text(json.dumps({"accessToken": token}))
+    assert quick(linked) == SILENT and b"LEAK" not in quick(linked, "-v").err
+    assert backend.connections == 0 and linked.offsets() is None
+
+
+PRIVATE = ("session", "error_message", "user_intent", "actions_summary", "error_summary",
+           "comment", "device_id", "installation_id", "of_tomorrow")
+ECHOES = {
+    "ok": OK, "401": answer(401, TOKEN.encode()), "500": answer(500, TOKEN.encode()),
+    "429": answer(429, Retry_After="0", X_Token=TOKEN), "json": answer(200, {"code": TOKEN}),
+    "redirect": answer(302, Location="http://127.0.0.1:9/" + TOKEN),
+    "html": answer(200, b"<html>" + TOKEN.encode()),
+    "status line": lambda handler: handler.wfile.write(b"HTTP/1.1 500 " + TOKEN.encode() +
+                                                       b"\r\nContent-Length: 0\r\n\r\n"),
+    "no HTTP": lambda handler: handler.wfile.write(TOKEN.encode() + b"\r\n\r\n"),
+    "version": lambda handler: handler.wfile.write(b"HTTP/" + TOKEN.encode() + b" 200 OK\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("reply", sorted(ECHOES))
+def test_token_and_private_fields_show_up_nowhere(home, reply):
+    secret = {field: "PRIVATE-" + field for field in PRIVATE}
+    home.log("usage", usage(1, **secret))
+    home.log("feedback", feedback(1, **secret))
+    with FakeBackend(default=ECHOES[reply]) as backend:
+        home.configure(baseUrl=backend.url, telemetry="anonymous")
+        for flags in (["--dry-run"], ["-v"], [], ["--status"], ["--pending"], ["--skip-pending"]):
+            result = quick(home, *flags)
+            state = json.dumps(home.offsets()).encode()
+            shown = result.out + result.err + state
+            assert TOKEN.encode() not in shown and b"PRIVATE" not in shown
+            assert b"device-42" not in shown and b"Traceback" not in shown
+        assert backend.requests and not any(
+            b"PRIVATE" in request.body or b"device-42" in request.body
+            for request in backend.requests)
+
+
+# A model: any history of a log and its runs, against what must have arrived.
+
+FAILURES = [DROP, answer(200, b"<html>"), answer(200, {"code": 7}), answer(200, b"[]"),
+            answer(302, Location="/"), answer(401), answer(404), answer(413),
+            answer(429, Retry_After=3), answer(500), answer(502), answer(503), answer(504)]
+
+
+class Accepting(FakeBackend):
+    """A backend that notes the sessions of the batches that it accepted."""
+
+    def __init__(self):
+        super().__init__()
+        self.accepted = []
+
+    def record(self, request):
+        scripted = super().record(request)
+        if scripted is OK:
+            self.accepted += [event["session"] for event in
+                              json.loads(request.body.decode("utf-8"))["events"]]
+        return scripted
+
+
+class Model:
+    """One history: due must arrive, written may; allowed is the number of repeats excused."""
+
+    def __init__(self, home, backend, chance):
+        self.home, self.backend, self.chance = home, backend, chance
+        self.due, self.written, self.allowed, self.count = set(), set(), 0, 0
+        self.rest = {"usage": b"", "feedback": b""}  # of a line torn in writing
+
+    def lines(self, name, number):
+        """Return new lines for a log and their sessions."""
+        make = {"usage": usage, "feedback": feedback}[name]
+        events = [make(self.count + k) for k in range(number)]
+        self.count += number
+        return ([json.dumps(event, ensure_ascii=False).encode("utf-8") + b"\n"
+                 for event in events], [event["session"] for event in events])
+
+    def log(self):
+        return self.chance.choice(["usage", "usage", "feedback"])
+
+    def write(self, name, number):
+        lines, sessions = self.lines(name, number)
+        self.home.append(name, self.rest[name] + b"".join(lines))
+        self.rest[name] = b""
+        self.due.update(sessions)
+        self.written.update(sessions)
+
+    def append(self):
+        self.write(self.log(), self.chance.choice([1, 1, 2, 30, 101, 250]))
+
+    def tear(self):
+        name = self.log()
+        self.write(name, 0)
+        (line,), sessions = self.lines(name, 1)
+        cut = self.chance.choice([len(line) - 1, self.chance.randrange(1, len(line))])
+        self.home.append(name, line[:cut])
+        self.rest[name] = line[cut:]
+        self.due.update(sessions)
+        self.written.update(sessions)
+
+    def forget(self, name):
+        """What is in a log is about to go: only what was accepted has to have arrived."""
+        accepted, prefix = set(self.backend.accepted), {"usage": "s-", "feedback": "f-"}[name]
+        self.due = {session for session in self.due
+                    if session in accepted or not session.startswith(prefix)}
+        self.rest[name] = b""
+
+    def truncate(self):
+        name = self.log()
+        self.forget(name)
+        truncate_log(self.home, name)
+        if self.chance.random() < 0.5:
+            self.write(name, self.chance.choice([1, 40, 400]))
+
+    def replace(self):
+        """Replace a log by another one, or by its own later lines."""
+        name = self.log()
+        path = self.home.analytics / (name + ".jsonl")
+        old = path.read_bytes().splitlines(True) if path.exists() else []
+        kept = [line for line in old[self.chance.randrange(len(old) + 1):] if line[-1:] == b"\n"]
+        self.forget(name)
+        self.allowed += len(kept)  # these may be sent as those of a new log
+        new = path.with_name(path.name + ".new")
+        new.write_bytes(b"".join(kept))
+        os.replace(str(new), str(path))
+        self.due |= {json.loads(line.decode("utf-8"))["session"] for line in kept}
+        self.write(name, self.chance.choice([0, 1, 40, 400]))
+
+    def fail(self):
+        self.backend.script[:] = [self.chance.choice(FAILURES)
+                                  for _ in range(self.chance.randrange(1, 6))]
+
+    def fork(self):
+        def work():
+            run_in_process(self.home)
+            return 0
+        return fork(work)
+
+    def run(self, number=1):
+        pids = [self.fork() for _ in range(number)]
+        assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * number
+
+    def crowd(self):
+        self.run(3)
+
+    def kill(self):
+        pid = self.fork()
+        time.sleep(self.chance.uniform(0, 0.04))
+        os.kill(pid, signal.SIGKILL)
+        self.allowed += 100 * (os.waitpid(pid, 0)[1] != 0)
+
+    def play(self, steps):
+        """Take random steps, then calm down."""
+        for _ in range(steps):
+            self.chance.choice([self.append, self.append, self.append, self.tear, self.truncate,
+                                self.replace, self.fail, self.fail, self.crowd, self.kill,
+                                self.kill, self.run, self.run, self.run])()
+        self.backend.script[:] = []
+        for name in self.rest:
+            self.write(name, 1)
+        self.run()
+        requests = len(self.backend.requests)
+        self.run()
+        assert len(self.backend.requests) == requests and is_done(self.home)
+        assert self.due <= set(self.backend.accepted) <= self.written
+        assert repeats(self.backend.accepted) <= self.allowed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SECONDME_MODEL_RUNS", 12))))
+def test_whatever_happens_all_that_was_written_arrives(tmp_path, seed):
+    with Accepting() as backend:
+        Model(Home(tmp_path, backend.url), backend, random.Random(seed)).play(steps=20)
