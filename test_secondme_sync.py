@@ -1420,6 +1420,93 @@ def test_the_file_is_python_36():
     assert ast.parse(SOURCE.decode("ascii"), **options).body
 
 
+# The README: its commands work, and it names what the script has.
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.S | re.M)
+
+
+def block(words, environ, path):
+    """Run the README's one bash block that holds words, with the script pasted where it says."""
+    text, = [text for text in BLOCKS if words in text]
+    text = text.replace("python3", shlex.quote(sys.executable))
+    text = re.sub("^# the content of .*\n", lambda _: SOURCE.decode("ascii"), text, flags=re.M)
+    process = subprocess.Popen(
+        ["bash", "-c", text + '\necho "<$SM_HAS_PENDING_SYNC>"'], cwd=str(path),
+        env=dict(environ, SKILL_DIR=str(ROOT)), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return wait(process)
+
+
+@needs_bash
+def test_the_readmes_preflight_check_sets_the_skills_variable(home):
+    assert block("--pending)", home.environ(), home.path) == (0, b"<no>\n", b"")
+    home.log("usage", usage(1))
+    assert block("--pending)", home.environ(), home.path) == (0, b"<yes>\n", b"")
+
+
+@needs_bash
+@pytest.mark.parametrize("words", [
+    '.py" --background\n', '.py"\n', "SYNC_EOF"], ids=["catch-up", "post-session", "heredoc"])
+def test_the_readmes_blocks_sync(home, words):
+    home.log("usage", *[usage(number) for number in range(3)])
+    with FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        assert block(words, home.environ(), home.path) == (0, b"<>\n", b"")
+        until(lambda: results(home) == (home.size("usage"), 0, "ok"))
+    assert numbers(backend.events()) == ["s-0", "s-1", "s-2"]
+
+
+def test_ci_runs_the_readmes_test_command_and_nothing_else():
+    command, = [text for text in BLOCKS if "pytest" in text]
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-1] + "\n" == command
+    assert [line for line in lines[:-1] if line[0] != "#"] == [
+        "set -eu", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."']
+
+
+def test_the_readmes_demo_delivers_and_says_so():
+    command, = [text.split() for text in BLOCKS if "demo" in text]
+    process = subprocess.Popen([sys.executable] + command[1:], cwd=str(ROOT),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    result = wait(process)
+    assert (result.code, result.err) == (0, b"") and b"Nothing left this machine" in result.out
+
+
+def test_readme_and_help_name_the_same_flags(home):
+    flag = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
+    settings = README[README.index("## Settings"):README.index("## Results")]
+    named = flag.findall(home.run("--help").out.decode())
+    assert set(flag.findall(settings)) == set(named)
+
+
+@pytest.mark.parametrize("pattern, holds", [
+    (r'environ\.get\("(\w+)"', {"SM_TEL", "DO_NOT_TRACK"}),
+    (r'"((?:ok|[a-z]+_failed|[a-z]+_error))"', {"ok", "auth_failed", "server_error",
+                                                "network_error"}),
+    (r'"(config|credentials|\.device-id|\.sync-offsets)"', {"config", "credentials", ".device-id",
+                                                            ".sync-offsets"})],
+    ids=["environment", "results", "files"])
+def test_the_readme_names_all_that_the_script_has(pattern, holds):
+    assert set(re.findall(pattern, SOURCE.decode("ascii"))) == holds
+    assert all(re.search(r"(?<![\w-])%s(?!\w)" % re.escape(name), README) for name in holds)
+
+
+@pytest.mark.parametrize("mode", ["community", "anonymous"])
+def test_the_readmes_table_of_fields_is_what_is_sent(mode):
+    table = re.findall(r"^\| (`.*?`) \| .* \| (\w+) \| (\w+) \|$", README, re.M)
+    said = {name for names, community, anonymous in table
+            for name in re.findall(r"`(\w+)`", names)
+            if (community if mode == "community" else anonymous) == "sent"}
+    fields = {field for log in ("usage", "feedback")
+              for field, _ in secondme_sync.ALLOWED[log, mode]}
+    assert said == fields | {"type"} | ({"deviceId"} if mode == "community" else set())
+
+
+def test_the_readme_is_short():
+    assert 80 <= len(README.splitlines()) <= 150
+
+
 # ---------------------------------------------------------------------------------------------
 # Faults: every run below is made by a process of its own, over real sockets.
 
