@@ -12,9 +12,11 @@ Five steps; a run ends silently, with exit code 0, at the first that says no:
 In ~/.secondme it reads config, credentials, .device-id, analytics/{usage,feedback}.jsonl
 and writes analytics/.sync-offsets. Contract: SecondMe's "Telemetry Sync".
 """
+import sys
+if __name__ == "__main__" and not sys.path[0]:
+    del sys.path[0]  # import nothing from the working directory
 import json
 import os
-import sys
 import time
 import zlib
 from collections import Counter, namedtuple
@@ -26,7 +28,7 @@ except ImportError:  # not POSIX: no lock
     fcntl = None
 
 VERSION = "1.0.0"
-BASE_URL = "https://app.mindos.com/gate/lab"  # by default
+BASE_URL = "https://app.mindos.com/gate/lab"
 PATH = "/api/secondme/telemetry/events/batch"
 MODES = "off", "anonymous", "community"  # from least to most consent
 
@@ -40,7 +42,7 @@ REQUEST_SECONDS = 10  # one request; also the longest Retry-After
 RUN_SECONDS = 30  # one run; see --max-time
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # before the one retry
 
-FIELDS = {  # per log, in sending order; * is for community mode alone
+FIELDS = {  # in sending order; * in community mode alone
     "usage": "skill ts version os arch *session event duration_s outcome error_class "
              "*error_message *user_intent phases_used",
     "feedback": "skill ts version os arch *session outcome *actions_summary *error_summary "
@@ -58,7 +60,7 @@ class Stop(Exception):
     """A reason to send nothing, fit to print."""
 
 
-# Gate: consent, token, endpoint.
+# Gate.
 
 def consent(config, environ):
     """Return the least (mode, source) that is allowed. Contract: Prerequisites 1."""
@@ -71,7 +73,7 @@ def consent(config, environ):
 
 
 def open_regular(*path):
-    """Open a file to read, an empty one if it is missing; OSError if not regular."""
+    """Open a file to read, an empty one if missing; OSError if not regular."""
     path = os.path.join(*path)
     if not os.path.lexists(path):
         path = os.devnull
@@ -123,7 +125,7 @@ def parse_endpoint(base_url):
     raise Stop("baseUrl must be https (http: this machine only) with no user, query or fragment")
 
 
-# Read: logs to events.
+# Read.
 
 def parse_float(text):
     if not abs(float(text)) < float("inf"):
@@ -142,12 +144,12 @@ def depth(value):
 
 
 def parse_object(data, errors="strict"):
-    """Return the JSON object in data (bytes), None if there is no strict and sane one."""
+    """Return the JSON object in data (bytes), None if there is none, strict and sane."""
     try:
-        text = data.decode("utf-8", errors).strip("\ufeff \t\r\n")
+        text = data.decode("utf-8", errors).strip("\ufeff\0 \t\r\n")
         value, end = DECODER.raw_decode(text)
-        flat = data.count(b"{") + data.count(b"[") <= MAX_DEPTH
-        sane = end == len(text) and (flat or depth(value) <= MAX_DEPTH)
+        sane = end == len(text) and (data.count(b"{") + data.count(b"[") <= MAX_DEPTH
+                                     or depth(value) <= MAX_DEPTH)
     except (ValueError, RecursionError):
         return None
     return value if sane and isinstance(value, dict) else None
@@ -156,7 +158,7 @@ def parse_object(data, errors="strict"):
 class Log:
     """An open log, up to its end as found.
 
-    mark, how far it is read: {"bytes": offset, "guard": CRC-32 of the bytes before it}.
+    mark is how far it is read: {"bytes": offset, "guard": CRC-32 of what precedes}.
     """
 
     def __init__(self, name, file, state):
@@ -165,7 +167,7 @@ class Log:
         self.size = file.seek(0, os.SEEK_END)
         try:
             offset, saved = whole(state["resume"][name]["bytes"]), state["resume"][name]["guard"]
-        except (KeyError, TypeError):  # an older script wrote it
+        except (KeyError, TypeError):  # an older script's state
             offset, saved = state[name + "_bytes"], None
         offset = offset if offset <= self.size else 0
         file.seek(max(0, offset - GUARD_BYTES))
@@ -173,7 +175,9 @@ class Log:
         guard = zlib.crc32(self.tail)
         if saved not in (None, guard):
             offset, guard, self.tail = 0, 0, b""
-        self.mark = state["resume"][name] = {"bytes": offset, "guard": guard}
+        self.mark = {"bytes": offset, "guard": guard}
+        if self.size or not state["resume"][name]:
+            state["resume"][name] = self.mark
 
     def items(self):
         """Yield (mark, bytes of the line, event); a torn last line waits for its rest."""
@@ -224,11 +228,12 @@ def count(logs):
 
 def check_pending(state, logs):
     """Stop if there is no event to send and no end to record."""
-    if not any(any(log.items()) or log.mark["bytes"] != state[log.name + "_bytes"] for log in logs):
+    if not any(any(log.items()) or log.mark["bytes"] not in (0, state[log.name + "_bytes"])
+               for log in logs):
         raise Stop("nothing is pending")
 
 
-# Shape: events to bodies.
+# Shape.
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 
@@ -269,7 +274,7 @@ def encode_body(gate, batch):
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-# Send: bodies to results.
+# Send.
 
 def classify(status, body):
     """Return the result of an answer; status 0 is none. Contract: Error Handling."""
@@ -284,7 +289,7 @@ def classify(status, body):
 
 
 def retry_delay(status, after, now):
-    """Return the seconds to wait before a retry, None for no retry; now is epoch seconds."""
+    """Return the seconds before a retry, None for no retry; now is epoch seconds."""
     delay = RETRY_SECONDS.get(status)
     if status == 429:
         import email.utils
@@ -315,7 +320,7 @@ def open_connection(url):
 
 
 class Sender:
-    """Posts bodies over one connection; ends the process when time is up."""
+    """Posts bodies over one connection, in bounded time."""
 
     def __init__(self, run, gate):
         import threading
@@ -325,7 +330,7 @@ class Sender:
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self):
-        """Keep the time: nothing else ends a hung DNS lookup or a dripping server."""
+        """End the process in time; nothing else ends a hung DNS lookup."""
         while self.run.clock.monotonic() < self.due:
             time.sleep(0.1)
         if self.due:
@@ -336,7 +341,7 @@ class Sender:
         clock, say = self.run.clock, self.run.say
         for last in (False, True):
             if read_small(self.run.home, "config") != self.gate.config:
-                raise Stop("config has changed")  # consent may have been withdrawn
+                raise Stop("config has changed")  # consent may be withdrawn
             self.due = min(clock.monotonic() + REQUEST_SECONDS, self.run.deadline)
             status, after, answer = self.request(body)
             self.due = self.run.deadline
@@ -344,23 +349,23 @@ class Sender:
             say(f"{len(body)} bytes: HTTP status {status}, {result}")
             if delay is None or last:
                 return result
-            say(f"retry in {delay:.0f} s")
+            say(f"retry in {delay} s")
             clock.sleep(delay)
 
     def request(self, body):
         """Return (status, Retry-After, body) of one request, status 0 if it fails."""
         import http.client
-        import select
         link = self.link
+        headers = {"Authorization": "Bearer " + self.gate.token,
+                   "Content-Type": "application/json", "User-Agent": "secondme_sync/" + VERSION}
         try:
-            if link.sock and select.select([link.sock], [], [], 0)[0]:
-                link.close()  # closed by the server
-            link.request("POST", self.url.path, body, {
-                "Authorization": "Bearer " + self.gate.token, "Content-Type": "application/json",
-                "User-Agent": "secondme_sync/" + VERSION})
+            if not link.sock:
+                link.connect()
+            with suppress(ConnectionError):  # it may answer early
+                link.request("POST", self.url.path, body, headers)
             reply = link.getresponse()
             answer = reply.read(ANSWER_BYTES)
-            if not reply.isclosed():  # cut short, or endless
+            if not reply.isclosed() or reply.status != 200:
                 link.close()
             return reply.status, reply.getheader("Retry-After"), b"" if reply.length else answer
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -373,7 +378,7 @@ class Sender:
 
 
 def deliver(batches, gate, post, accept):
-    """Post and accept batches, halved if too large, until one fails; return the result."""
+    """Post batches, halved if too large, until one fails; return the result."""
     for batch in batches:
         body, half = encode_body(gate, batch), len(batch) // 2
         result = "too_large" if half and len(body) > BODY_BYTES else post(body)
@@ -387,15 +392,16 @@ def deliver(batches, gate, post, accept):
     return "ok"
 
 
-# Record: results to state.
+# Record.
 
 def load_state(run):
     """Return the state: the contract's four keys, and resume: a mark per log."""
     saved = parse_object(read_small(run.folder, ".sync-offsets")) or {}
     state = {name + "_bytes": whole(saved.get(name + "_bytes")) for name in FIELDS}
-    state.update((key, saved.get(key)) for key in ("last_sync_ts", "last_sync_result", "resume"))
-    if not isinstance(state["resume"], dict):
-        state["resume"] = {}
+    state.update((key, saved.get(key)) for key in ("last_sync_ts", "last_sync_result"))
+    marks = saved.get("resume")
+    state["resume"] = {name: marks.get(name) if isinstance(marks, dict) else None
+                       for name in FIELDS}
     return state
 
 
@@ -406,18 +412,19 @@ def whole(value):
 def save_state(run, state, result="", fd=None):
     """Replace the state file; Stop if that fails. With fd, its folder, flush both to disk."""
     if result:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.clock.time()))
-        state.update(last_sync_ts=now, last_sync_result=result)
+        now = time.gmtime(run.clock.time())
+        state.update(last_sync_ts=time.strftime("%Y-%m-%dT%H:%M:%SZ", now), last_sync_result=result)
     path = os.path.join(run.folder, ".sync-offsets")
     temp = path + ".tmp"
     try:
         mode = os.stat(path).st_mode & 0o777 | 0o400 if os.path.exists(path) else 0o600
         with suppress(FileNotFoundError):
             os.unlink(temp)
-        with open(temp, "xb", 0) as file:
+        with open(temp, "x") as file:
             os.chmod(temp, mode)
-            file.write(json.dumps(state).encode())
+            file.write(json.dumps(state))
             if fd is not None:
+                file.flush()
                 os.fsync(file.fileno())
         os.replace(temp, path)
         if fd is not None:
@@ -425,14 +432,14 @@ def save_state(run, state, result="", fd=None):
     except OSError as error:
         with suppress(OSError):
             os.unlink(temp)
-        raise Stop(f"progress cannot be recorded: {os.strerror(error.errno)}")
+        raise Stop(f"progress cannot be recorded: {error.strerror}")
 
 
 def finish(run, state, logs, result, fd):
-    """Record the end of a run; *_bytes move where all is done."""
-    for log in logs if result == "ok" else ():
-        state["resume"][log.name] = log.mark
-        state[log.name + "_bytes"] = log.mark["bytes"]
+    for log in logs:
+        if result == "ok" and log.size:
+            state["resume"][log.name] = log.mark
+            state[log.name + "_bytes"] = log.mark["bytes"]
     save_state(run, state, result, fd)
 
 
@@ -510,7 +517,7 @@ def skip_pending(run):
         counts = count(logs)
         if len(logs) < len(FIELDS):
             raise Stop("a log cannot be read")
-        if os.path.isdir(run.folder):
+        if counts:
             finish(run, state, logs, "ok", fd)
     print("never to be sent:", describe(counts))
 
@@ -526,7 +533,7 @@ def detach():
     if os.fork():
         return False
     os.setsid()
-    os.closerange(0, 1024)
+    os.closerange(0, 1 << 16)
     for _ in range(3):
         os.open(os.devnull, os.O_RDWR)
     return True
@@ -541,7 +548,7 @@ def parse_args(argv):
                            action="store_const", default=sync, help=action.__doc__)
     parser.add_argument("--max-time", type=float, default=RUN_SECONDS, metavar="S",
                         help="seconds for a run (default: %(default)s)")
-    parser.add_argument("--dir", metavar="D", help="instead of ~/.secondme")
+    parser.add_argument("--dir", help="instead of ~/.secondme")
     parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr what happens")
     parser.add_argument("--version", action="version", version="secondme_sync " + VERSION)
     args = parser.parse_args(argv)

@@ -2712,6 +2712,99 @@ def test_token_and_private_fields_show_up_nowhere(home, reply):
             for request in backend.requests)
 
 
+# What an attacker found.
+
+class EarlyBackend(FakeBackend):
+    """Answers with status, and closes, before it has read a body of more than limit bytes."""
+
+    def __init__(self, status, limit):
+        super().__init__()
+        backend = self
+
+        class EarlyHandler(self.RequestHandlerClass):
+            def do_POST(self):
+                if int(self.headers["Content-Length"]) <= limit:
+                    return super().do_POST()
+                self.close_connection = True
+                backend.early += 1
+                self.reply(status, b"", {})
+
+        self.early, self.RequestHandlerClass = 0, EarlyHandler
+
+
+NARROW = """\
+import http.client, socket
+connect = http.client.HTTPConnection.connect
+def narrow(self):
+    connect(self)
+    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+http.client.HTTPConnection.connect = narrow
+"""
+
+
+@posix
+@pytest.mark.parametrize("status, result", [(401, "auth_failed"), (403, "server_error")])
+def test_an_answer_before_the_end_of_the_body_counts(home, status, result):
+    home.log("usage", *[usage(number, user_intent="x" * 5000) for number in range(90)])
+    with EarlyBackend(status, 1000) as backend:
+        home.configure(baseUrl=backend.url)
+        assert quick(home, shim=NARROW) == SILENT
+    assert results(home) == (0, 0, result) and backend.early == 1
+
+
+@posix
+def test_a_413_before_the_end_of_the_body_halves(home):
+    home.log("usage", *[usage(number, user_intent="x" * 5000) for number in range(90)])
+    with EarlyBackend(413, 300000) as backend:
+        home.configure(baseUrl=backend.url)
+        assert quick(home, shim=NARROW) == SILENT
+    assert sizes(backend) == [45, 45] and results(home)[2] == "ok"
+
+
+@pytest.mark.parametrize("action", ["sync", "skip"])
+def test_a_log_that_is_missing_for_a_while_keeps_its_place(linked, backend, action):
+    fill(linked, 3)
+    assert quick(linked, *["--skip-pending"] * (action == "skip")).code == 0
+    done, log = len(backend.requests), linked.analytics / "usage.jsonl"
+    log.rename(str(log) + ".away")
+    assert quick(linked) == SILENT
+    linked.log("feedback", feedback(1))
+    assert quick(linked) == SILENT
+    pathlib.Path(str(log) + ".away").rename(str(log))
+    assert quick(linked) == SILENT and quick(linked, "--pending").out == b"no\n"
+    assert [event["type"] for event in backend.events()[-1:]] == ["feedback"]
+    assert len(backend.requests) == done + 1 and is_done(linked)
+
+
+@posix
+def test_a_state_that_is_written_in_part_is_no_state(linked, backend):
+    fill(linked, 5)
+    assert quick(linked) == SILENT
+    before = linked.offsets()
+    linked.log("usage", usage(7))
+    shim = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
+    assert quick(linked, shim=shim) == SILENT
+    assert len(backend.requests) == 1 and linked.offsets() == before
+    assert quick(linked) == SILENT and len(backend.events()) == 6
+
+
+def test_nul_bytes_of_a_power_cut_do_not_cost_the_event_behind_them(linked, backend):
+    linked.log("usage", usage(1))
+    linked.append("usage", b"\0" * 200)
+    linked.log("usage", usage(2), usage(3))
+    assert quick(linked) == SILENT
+    assert numbers(backend.events()) == ["s-1", "s-2", "s-3"]
+
+
+@needs_bash
+@pytest.mark.parametrize("name", ["json", "http", "calendar", "socket"])
+def test_a_pasted_script_imports_nothing_from_the_working_directory(linked, backend, name):
+    linked.log("usage", usage(1))
+    (linked.path / (name + ".py")).write_text("print('mine')\nraise SystemExit(3)\n")
+    assert paste(linked, "<<'SYNC_EOF'") == SILENT and len(backend.requests) == 1
+
+
 # A model: any history of a log and its runs, against what must have arrived.
 
 FAILURES = [DROP, answer(200, b"<html>"), answer(200, {"code": 7}), answer(200, b"[]"),
