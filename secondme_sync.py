@@ -38,8 +38,8 @@ LINE_BYTES = 1 << 20  # of a log line or a small file
 ANSWER_BYTES = 1 << 16  # read of an answer
 GUARD_BYTES = 256  # before an offset, to know the log again
 MAX_DEPTH = 64  # of nesting in an event
-REQUEST_SECONDS = 10  # one request; also the longest Retry-After
-RUN_SECONDS = 30  # one run; see --max-time
+REQUEST_SECONDS = 10  # a request; also the longest Retry-After
+RUN_SECONDS = 30  # a run; see --max-time
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # before the one retry
 
 FIELDS = {  # in sending order; * in community mode alone
@@ -349,7 +349,7 @@ class Sender:
             say(f"{len(body)} bytes: HTTP status {status}, {result}")
             if delay is None or last:
                 return result
-            say(f"retry in {delay} s")
+            say(f"retry in {delay:.0f} s")
             clock.sleep(delay)
 
     def request(self, body):
