@@ -1922,9 +1922,11 @@ def break_file(home, name, breakage):
 
 
 def remove(path):
-    if path.is_dir() and not path.is_symlink():
+    if path.is_symlink() or os.path.isfile(str(path)):
+        path.unlink()
+    elif os.path.isdir(str(path)):
         shutil.rmtree(str(path))
-    elif path.exists() or path.is_symlink():
+    elif path.exists():  # a FIFO
         path.unlink()
 
 
