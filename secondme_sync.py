@@ -14,7 +14,7 @@ and writes analytics/.sync-offsets. Contract: SecondMe's "Telemetry Sync".
 """
 import sys
 if __name__ == "__main__" and not sys.path[0]:
-    del sys.path[0]  # import nothing from the working directory
+    del sys.path[0]  # nothing from the working directory
 import json
 import os
 import time
@@ -57,7 +57,7 @@ Gate = namedtuple("Gate", "mode source base_url config token device_id")
 
 
 class Stop(Exception):
-    """A reason to send nothing, fit to print."""
+    """A reason to go no further, fit to print."""
 
 
 # Gate.
@@ -133,7 +133,7 @@ def parse_float(text):
     return float(text)
 
 
-DECODER = json.JSONDecoder(  # 309 digits are past float range
+DECODER = json.JSONDecoder(  # 309 digits may exceed a float
     parse_float=parse_float, parse_constant=parse_float,
     parse_int=lambda text: int(text) if len(text) < 309 else parse_float(text))
 
@@ -301,7 +301,7 @@ def retry_delay(status, after, now):
 
 
 def open_connection(url):
-    """Return a connection to url; a proxy, as urllib finds it, sees but a TLS tunnel."""
+    """Return a connection to url; a proxy, as urllib finds it, sees only a TLS tunnel."""
     import http.client
     if url.scheme == "http":
         return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=REQUEST_SECONDS)
@@ -334,6 +334,7 @@ class Sender:
         while self.run.clock.monotonic() < self.due:
             time.sleep(0.1)
         if self.due:
+            self.run.say("time is up")
             os._exit(0)
 
     def post(self, body):
@@ -341,12 +342,12 @@ class Sender:
         clock, say = self.run.clock, self.run.say
         for last in (False, True):
             if read_small(self.run.home, "config") != self.gate.config:
-                raise Stop("config has changed")  # consent may be withdrawn
+                raise Stop("config has changed")  # consent withdrawn?
             self.due = min(clock.monotonic() + REQUEST_SECONDS, self.run.deadline)
             status, after, answer = self.request(body)
             self.due = self.run.deadline
             result, delay = classify(status, answer), retry_delay(status, after, clock.time())
-            say(f"{len(body)} bytes: HTTP status {status}, {result}")
+            say(f"{len(body)} bytes: HTTP {status}, {result}")
             if delay is None or last:
                 return result
             say(f"retry in {delay:.0f} s")
@@ -499,16 +500,17 @@ def status(run):
 
 def pending(run):
     """print yes or no: is there something to do"""
-    print("yes" if has_work(run) else "no")
+    try:
+        check_work(run)
+        print("yes")
+    except Stop:
+        print("no")
 
 
-def has_work(run):
-    with suppress(Stop):
-        read_gate(run)
-        with open_logs(run) as (state, logs, _):
-            check_pending(state, logs)
-            return True
-    return False
+def check_work(run):
+    read_gate(run)
+    with open_logs(run) as (state, logs, _):
+        check_pending(state, logs)
 
 
 def skip_pending(run):
@@ -524,7 +526,8 @@ def skip_pending(run):
 
 def background(run):
     """sync in a process of its own; return at once"""
-    if has_work(run) and (not hasattr(os, "fork") or detach()):
+    check_work(run)
+    if not hasattr(os, "fork") or detach():
         sync(run)
 
 
@@ -541,7 +544,7 @@ def detach():
 
 def parse_args(argv):
     import argparse
-    parser = argparse.ArgumentParser("secondme_sync")
+    parser = argparse.ArgumentParser("secondme_sync", "%(prog)s [flags]")
     group = parser.add_mutually_exclusive_group()
     for action in (dry_run, status, pending, skip_pending, background):
         group.add_argument("--" + action.__name__.replace("_", "-"), dest="action", const=action,
@@ -570,7 +573,7 @@ def main(argv):
         action(run)
         return 0
     except Stop as stop:
-        run.say(f"nothing is sent: {stop}")
+        run.say(f"stopped: {stop}")
     except (Exception, KeyboardInterrupt) as error:  # the last resort
         run.say("stopped: " + type(error).__name__)
     return int(action is skip_pending)
@@ -580,4 +583,4 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     with suppress(Exception):
         sys.stdout.flush()
-    os._exit(code)  # another flush could fail aloud
+    os._exit(code)  # a flush could fail aloud

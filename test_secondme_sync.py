@@ -2807,6 +2807,23 @@ def test_a_pasted_script_imports_nothing_from_the_working_directory(linked, back
     assert paste(linked, "<<'SYNC_EOF'") == SILENT and len(backend.requests) == 1
 
 
+def test_verbose_says_that_the_time_is_up(home, hold):
+    fill(home, 1)
+    with FakeBackend(hold) as backend:
+        home.configure(baseUrl=backend.url)
+        result = home.run("-v", "--max-time", "0.5")
+    assert (result.code, result.out, result.err) == (0, b"", b"secondme_sync: time is up\n")
+
+
+def test_verbose_says_why_nothing_goes_to_the_background(linked):
+    assert linked.run("--background", "-v").err == b"secondme_sync: stopped: nothing is pending\n"
+
+
+def test_help_fits_a_terminal_of_80_columns(home):
+    lines = home.run("--help", COLUMNS="80").out.decode("ascii").splitlines()
+    assert max(map(len, lines)) <= 80 and "usage: secondme_sync [flags]" in lines
+
+
 # A model: any history of a log and its runs, against what must have arrived.
 
 FAILURES = [DROP, answer(200, b"<html>"), answer(200, {"code": 7}), answer(200, b"[]"),
