@@ -490,7 +490,7 @@ def status(run):
     try:
         endpoint = parse_endpoint(gate.base_url).geturl()
     except Stop as stop:
-        endpoint = stop
+        endpoint = f"refused: {stop}"
     with open_logs(run) as (state, logs, _):
         print(f"telemetry: {gate.mode} (decided by {gate.source})\nendpoint:  {endpoint}")
         print("logged in:", "yes" if gate.token else "no")
@@ -532,7 +532,7 @@ def background(run):
 
 
 def detach():
-    """Return True in a new process of its own."""
+    """Return True in a new process."""
     if os.fork():
         return False
     os.setsid()
