@@ -2714,6 +2714,45 @@ def test_token_and_private_fields_show_up_nowhere(home, reply):
             for request in backend.requests)
 
 
+# Row 11, 12: fuzz, seeded.
+
+def spoil(chance, data):
+    """Change, drop and add some bytes of data, never a newline."""
+    data = bytearray(data)
+    for _ in range(chance.randrange(1, 6)):
+        place = chance.randrange(len(data) + 1)
+        junk = bytes(chance.choice(b'\0\t "\\{}[]:,0-9eEuNI\x7f\x80\xc3\xed\xff')
+                     for _ in range(chance.randrange(4)))
+        data[place:place + chance.randrange(4)] = junk
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_spoiled_lines_never_cost_their_neighbours(linked, backend, seed):
+    chance = random.Random(seed)
+    lines = [json.dumps(usage(number), ensure_ascii=number % 3 > 0).encode("utf-8")
+             for number in range(150)]
+    linked.append("usage", b"".join(
+        (spoil(chance, line) if number % 2 else line) + b"\n"
+        for number, line in enumerate(lines)))
+    assert quick(linked) == SILENT and is_done(linked)
+    whole = ["s-%d" % number for number in range(0, 150, 2)]
+    arrived = [event.get("session") for event in backend.events()]
+    assert [name for name in arrived if name in whole] == whole
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", ["config", "credentials", ".device-id", ".sync-offsets"])
+def test_a_spoiled_file_is_no_visible_error(linked, backend, name, seed):
+    fill(linked, 3, 3)
+    assert quick(linked) == SILENT
+    linked.log("usage", usage(7))
+    path = (linked.analytics if name == ".sync-offsets" else linked.dir) / name
+    path.write_bytes(spoil(random.Random(seed), path.read_bytes()))
+    assert quick(linked) == SILENT
+    assert all(TOKEN not in request.body.decode("utf-8") for request in backend.requests)
+
+
 # What an attacker found.
 
 class EarlyBackend(FakeBackend):
