@@ -167,7 +167,7 @@ class Log:
         self.size = file.seek(0, os.SEEK_END)
         try:
             offset, saved = whole(state["resume"][name]["bytes"]), state["resume"][name]["guard"]
-        except (KeyError, TypeError):  # an older script's state
+        except (KeyError, TypeError):  # no mark of ours
             offset, saved = state[name + "_bytes"], None
         offset = offset if offset <= self.size else 0
         file.seek(max(0, offset - GUARD_BYTES))
