@@ -7,8 +7,7 @@
   send    by POST to {baseUrl}/api/secondme/telemetry/events/batch
   record  after each accepted body, how far the logs are done
 
-A run ends silently, with exit code 0, at the first step that says no. In ~/.secondme it reads
-config, credentials, .device-id and analytics/{usage,feedback}.jsonl, and writes
+A run ends, silently, at the first step that says no. Under ~/.secondme it writes nothing but
 analytics/.sync-offsets. Contract: references/telemetry-sync.md of mindverse/second-me-skills.
 """
 import os
@@ -91,8 +90,7 @@ class Run:
 
     def token(self):
         """Return the access token, "" if there is none that fits a header."""
-        credentials = parse_object(read_small(self.home, "credentials"))
-        return printable(member(credentials, "accessToken"))
+        return printable(member(parse_object(read_small(self.home, "credentials")), "accessToken"))
 
     def device_id(self, mode):
         """Return the device id that goes with events in a mode, "" for none."""
@@ -133,11 +131,7 @@ def printable(value):
 
 
 class State:
-    """What .sync-offsets says of the logs. Contract: Error Handling (Offsets), Rules.
-
-    The file is one record of RECORD_BYTES, overwritten in place by one write: a reader, a kill or
-    a power cut finds the record before it or the one after it, and nothing else.
-    """
+    """What .sync-offsets says of the logs. Contract: Error Handling (Offsets), Rules."""
 
     def __init__(self, folder, file=None):
         """Read the record; what is missing or broken counts as 0, or as unknown."""
@@ -155,7 +149,7 @@ class State:
             self.marks[name] = {key: whole(mark, key, NO_MARK[key]) for key in NO_MARK}
 
     def save(self, logs, result):
-        """Overwrite the record: where logs are, and what the run is if it ends here."""
+        """Overwrite the record by one write: a reader or power cut meets the old or the new one."""
         if result in ("ok", "skipped"):
             self.record.update((log.name + "_bytes", log.offset) for log in logs)
         self.marks.update((log.name, log.mark()) for log in logs)
@@ -419,7 +413,8 @@ class Sender:
         self.link = open_link(self.url)
         self.peer = f"{self.url.netloc} by {self.link.host}"
         self.headers = {"Authorization": "Bearer " + run.token(),
-                        "Content-Type": "application/json", "User-Agent": "secondme_sync/" + VERSION}
+                        "Content-Type": "application/json",
+                        "User-Agent": "secondme_sync/" + VERSION}
 
     def post(self, body):
         """Post a body, once more if the contract says so; return the result, or Stop."""
@@ -499,7 +494,6 @@ def watched_sync(run):
             time.sleep(0.1)
         run.say("time is up")
         os._exit(0)
-
     import _thread
     _thread.start_new_thread(watch, ())
     sync(run)
@@ -511,17 +505,19 @@ def background(run):
     file = globals().get("__file__") or "<stdin>"
     command = [sys.executable, "-I", os.path.abspath(file), "--dir", run.home,
                "--max-time", str(run.seconds)]
-    if os.name == "nt" and file != "<stdin>":
-        import subprocess
-        null, detached = subprocess.DEVNULL, 0x8 | 0x200  # DETACHED_PROCESS, own process group
-        subprocess.Popen(command, creationflags=detached, stdin=null, stdout=null, stderr=null)
+    if os.name == "nt" and file == "<stdin>":
+        watched_sync(run)  # pasted, there is no file that another process could run
     elif os.name == "nt":
-        watched_sync(run)  # pasted, there is no file that a process could run
+        from subprocess import DEVNULL, Popen
+        detached = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+        Popen(command, cwd=run.home, creationflags=detached,
+              stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL).returncode = 0  # nobody waits for it
     elif os.fork() == 0:
         os.setsid()
+        os.chdir(run.home)
         os.closerange(0, 1 << 16)
         for _ in range(3):
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if file != "<stdin>":  # on macOS, a bare fork may abort when it looks up names
             os.execv(command[0], command)
         watched_sync(run)
@@ -564,7 +560,6 @@ def dry_run(run, mode):
             body = json.dumps(json.loads(body.decode("utf-8")), indent=2).encode("utf-8")
         sys.stdout.buffer.write(body + b"\n")
         return "ok"
-
     say(report(run))
     if not mode:
         run.check()
