@@ -26,7 +26,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 VERSION = "1.1.0"
 BASE_URL = "https://app.mindos.com/gate/lab"
 PATH = "/api/secondme/telemetry/events/batch"
-
 BATCH_EVENTS = 100
 BODY_BYTES = 512 * 1024  # a single event may be larger
 LINE_BYTES = 1024 * 1024  # of a log line, and of a small file
@@ -277,7 +276,7 @@ class Log:
         """Yield (begin, end, event) for each line to go on with, event None if it is none."""
         end = self.file.seek(self.offset)
         while end < self.size:
-            begin, line = end, self.file.readline(min(LINE_BYTES + 1, self.size - end))
+            begin, line = end, self.file.readline(min(LINE_BYTES, self.size - end))
             end += len(line)
             event = parse_object(line.decode("utf-8", "replace"))
             while event is None and line and not line.endswith(b"\n"):  # a longer one, to its end
