@@ -1180,3 +1180,639 @@ def test_nothing_is_written_while_off(home):
     before = home.snapshot()
     home.sync()
     assert home.snapshot() == before
+
+
+# Send: what is posted, and what becomes of an answer.
+
+def half_an_answer(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{\"code\"")
+
+
+def no_http(handler):
+    handler.wfile.write(b"220 mail.example.test ESMTP\r\n")
+
+
+def half_a_header(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+
+
+def reply_and_close(handler):
+    handler.reply(*OK)
+
+
+def reply_and_close_later(handler):
+    handler.reply(*OK)
+    time.sleep(0.01)
+
+
+def http_date(seconds):
+    return email.utils.formatdate(1767225600 + seconds, usegmt=True)
+
+
+NOT_UPDATED, UPDATED, SILENT_EXIT = "not updated", "updated", "no state"
+SCENARIOS = [  # row, change, answers; then batches sent, waits, result, offsets; of BATCH + 1 events
+    ("401 Unauthorized", None, [answer(401)], "1", [], "auth_failed", NOT_UPDATED),
+    ("401, a later batch", None, [OK, answer(401)], "12", [], "auth_failed", NOT_UPDATED),
+    ("429 Rate Limit", None, [answer(429, Retry_After=3)] * 2, "11", [3], "server_error",
+     NOT_UPDATED),
+    ("429, then well", None, [answer(429, Retry_After=3)], "112", [3], "ok", UPDATED),
+    ("429 without Retry-After", None, [answer(429)], "112", [5], "ok", UPDATED),
+    ("502/503/504: 502", None, [answer(502)] * 2, "11", [2], "server_error", NOT_UPDATED),
+    ("502/503/504: 503", None, [answer(503)] * 2, "11", [2], "server_error", NOT_UPDATED),
+    ("502/503/504: 504", None, [answer(504)] * 2, "11", [2], "server_error", NOT_UPDATED),
+    ("502, then well", None, [answer(502)], "112", [2], "ok", UPDATED),
+    ("503, then well", None, [answer(503, Retry_After=9)], "112", [2], "ok", UPDATED),
+    ("504, then well", None, [answer(504)], "112", [2], "ok", UPDATED),
+    ("429, then 503", None, [answer(429, Retry_After=1), answer(503)], "11", [1], "server_error",
+     NOT_UPDATED),
+    ("503, then 429", None, [answer(503), answer(429)], "11", [2], "server_error", NOT_UPDATED),
+    ("503, then 401", None, [answer(503), answer(401)], "11", [2], "auth_failed", NOT_UPDATED),
+    ("429, then 500", None, [answer(429), answer(500)], "11", [5], "server_error", NOT_UPDATED),
+    ("a retry for each batch", None, [answer(503), OK, answer(429, Retry_After=1), OK], "1122",
+     [2, 1], "ok", UPDATED),
+    ("500", None, [answer(500)], "1", [], "server_error", NOT_UPDATED),
+    ("500, a later batch", None, [OK, answer(500)], "12", [], "server_error", NOT_UPDATED),
+    ("Network timeout (10s): no answer", None, [DROP], "1", [], "network_error", NOT_UPDATED),
+    ("no answer, a later batch", None, [OK, DROP, DROP], "122", [], "network_error", NOT_UPDATED),
+    ("half an answer", None, [half_an_answer], "1", [], "network_error", NOT_UPDATED),
+    ("half a header", None, [half_a_header], "1", [], "network_error", NOT_UPDATED),
+    ("half an answer, a later batch", None, [OK, half_an_answer], "12", [], "network_error",
+     NOT_UPDATED),
+    ("no HTTP", None, [no_http], "1", [], "network_error", NOT_UPDATED),
+    ("a kept connection closed", None, [OK, DROP], "122", [], "ok", UPDATED),
+    ("closed without a word", None, [reply_and_close] * 2, "12", [], "ok", UPDATED),
+    ("closed a little later", None, [reply_and_close_later] * 2, "12", [], "ok", UPDATED),
+    ("Connection: close", None, [answer(200, {"code": 0}, Connection="close")] * 2, "12", [], "ok",
+     UPDATED),
+    ("Success", None, [OK] * 2, "12", [], "ok", UPDATED),
+    ("No credentials", no_credentials, [], "", [], None, SILENT_EXIT),
+    ("telemetry=off", no_consent, [], "", [], None, SILENT_EXIT)]
+
+
+@table(SCENARIOS, "row", "change", "script", "batches", "waits", "result", "offsets")
+def test_error_handling(home, row, change, script, batches, waits, result, offsets):
+    sent = home.fill(BATCH, 1)
+    if change:
+        change(home)
+    clock, before = FakeClock(), (0, 0)
+    backend = synced(home, *script, clock=clock)
+    assert sizes(backend) == [{"1": BATCH, "2": 1}[batch] for batch in batches]
+    assert (clock.slept, backend.script) == (waits, [])
+    done = (home.size("usage"), home.size("feedback")) if offsets == UPDATED else before
+    assert home.results() == (None if offsets == SILENT_EXIT else done + (result,))
+    accepted = 0 if "2" not in batches else 1 + (offsets == UPDATED)
+    if not change:  # what was accepted is not sent again, the rest is
+        assert sessions(synced(home)) == sent[{0: 0, 1: BATCH, 2: BATCH + 1}[accepted]:]
+        assert home.is_done()
+
+
+def test_a_failing_run_after_a_good_one_leaves_the_bytes_of_that_one(home):
+    home.fill(1)
+    synced(home)
+    good = home.size("usage")
+    home.log("usage", *range(BATCH + 50))
+    synced(home, OK, answer(500))
+    assert home.results() == (good, 0, "server_error")
+    assert good < home.offsets()["resume"]["usage"]["bytes"] < home.size("usage")
+
+
+ANSWERS = [  # status, body, result
+    (200, {"code": 0}, "ok"), (201, {"code": 0, "message": "好", "data": None}, "ok"),
+    (202, b' {"code":0}\r\n', "ok"), (299, {"code": 0}, "ok"),
+    (200, {"code": 1}, "server_error"), (200, {"code": -1}, "server_error"),
+    (200, {"code": False}, "server_error"), (200, {"code": 0.0}, "server_error"),
+    (200, {"code": "0"}, "server_error"), (200, {"code": None}, "server_error"),
+    (200, {"code": []}, "server_error"), (200, {}, "server_error"),
+    (200, {"data": {"code": 0}}, "server_error"),
+    (200, b"[0]", "network_error"), (200, b'[{"code": 0}]', "network_error"),
+    (200, b"0", "network_error"), (200, b"null", "network_error"), (200, b"", "network_error"),
+    (200, b"<html>OK</html>", "network_error"), (200, b'{"code": 0', "network_error"),
+    (200, b'{"code": 0} {"code": 0}', "network_error"), (200, b'\xff\xfe', "network_error"),
+    (200, b'{"code": 0}' + b" " * s.ANSWER_BYTES, "network_error"),
+    (200, b'{"code": 0}' + b" " * (s.ANSWER_BYTES - 11), "ok"),
+    (204, b"", "network_error"), (300, {"code": 0}, "server_error"),
+    (302, {"code": 0}, "server_error"), (304, b"", "server_error"), (399, b"", "server_error"),
+    (400, {"code": 0}, "server_error"), (403, {"code": 0}, "server_error"),
+    (404, b"", "server_error"), (408, b"", "server_error"), (418, b"", "server_error"),
+    (500, {"code": 0}, "server_error"), (501, b"", "server_error"), (505, b"", "server_error"),
+    (401, {"code": 0}, "auth_failed")]
+
+
+@pytest.mark.parametrize("status, body, result", ANSWERS)
+def test_success_is_2xx_with_an_object_whose_code_is_0(home, status, body, result):
+    home.fill(1)
+    backend = synced(home, answer(status, body))
+    assert len(backend.requests) == 1
+    assert home.results() == (home.size("usage") if result == "ok" else 0, 0, result)
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
+def test_a_redirect_is_never_followed(home, status):
+    home.fill(1)
+    with FakeBackend(default=None) as elsewhere:
+        location = "http://127.0.0.1:%d%s" % (elsewhere.port, PATH)
+        backend = synced(home, answer(status, {"code": 0}, Location=location))
+        assert (len(backend.requests), elsewhere.connections) == (1, 0)
+    assert home.results() == (0, 0, "server_error")
+
+
+@pytest.mark.parametrize("header, seconds", [
+    ("7", 7), ("1", 1), ("0", 0), ("10", 10), ("11", 10), ("86400", 10), ("-3", 0), (None, 5),
+    ("", 5), ("soon", 5), ("1.5", 5), ("0x3", 5), ("1" * 5000, 10), (http_date(4), 4),
+    (http_date(0), 0), (http_date(-60), 0), (http_date(3600), 10), (http_date(10**9), 10),
+    ("Thursday, 01-Jan-26 00:00:06 GMT", 6), ("Thu Jan  1 00:00:03 2026", 3),
+    ("Thu, 99 Foo 2026 00:00:03 GMT", 5), ("Thu, 01 Jan 99999 00:00:03 GMT", 5)])
+def test_retry_after_is_clamped_to_10_seconds(header, seconds):
+    if header == "1" * 5000 and sys.version_info >= (3, 8):
+        seconds = s.retry_delay(429, header, 0)  # some Pythons refuse to read so long a number
+        assert seconds in (5, 10)
+    assert s.retry_delay(429, header, 1767225600.0) == seconds
+    for status in 502, 503, 504:
+        assert s.retry_delay(status, header, 1767225600.0) == 2
+    for status in 0, 200, 302, 400, 401, 408, 413, 428, 430, 500, 501, 505:
+        assert s.retry_delay(status, header, 1767225600.0) is None
+
+
+def test_a_request_has_token_type_and_user_agent(home):
+    home.fill(1)
+    request, = synced(home).requests
+    assert (request.method, request.path) == ("POST", PATH)
+    assert request.headers["Authorization"] == "Bearer " + TOKEN
+    assert request.headers["Content-Type"] == "application/json"
+    assert request.headers["User-Agent"] == "secondme_sync/" + s.VERSION
+    assert TOKEN.encode() not in request.body
+
+
+TOO_LARGE = [  # events, answers; the sizes of the bodies, the result, what the next run sends
+    (104, [answer(413)] * 2, [BATCH, BATCH // 2, BATCH // 4, BATCH // 2, 104 - 3 * BATCH // 4],
+     "ok", 0),
+    (3, [answer(413), OK, answer(413), answer(413)], [3, 1, 2, 1], "server_error", 2),
+    (1, [answer(413)], [1], "server_error", 1),
+    (3, [answer(413), answer(503), answer(413), OK], [3, 1, 1], "server_error", 3)]
+
+
+@pytest.mark.parametrize("count, script, expected, result, left", TOO_LARGE)
+def test_413_for_several_events_halves_them_and_goes_on(home, count, script, expected, result, left):
+    sent = home.fill(count)
+    backend = synced(home, *script)
+    assert sizes(backend) == expected
+    assert home.results()[2] == result and sessions(synced(home)) == sent[count - left:]
+
+
+def limited(limit):
+    """Return an answer: 413 to a body of more than limit bytes."""
+    def answering(handler):
+        handler.close_connection = False
+        large = len(handler.server.requests[-1].body) > limit
+        handler.reply(*(answer(413) if large else OK))
+    return answering
+
+
+def test_after_one_event_that_is_too_large_for_its_neighbours_batches_grow_again(home):
+    home.log("usage", *range(200))
+    home.log("usage", usage(200, user_intent="x" * 90000))
+    home.log("usage", *range(201, 500))
+    backend = synced(home, *[limited(100000)] * 60)
+    accepted = [number for number in sizes(backend)]
+    assert home.is_done() and len(accepted) < 20 and accepted[-2] == BATCH
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """The path of a self-signed certificate, with its key, for 127.0.0.1."""
+    path = make_certificate(tmp_path_factory.mktemp("tls"))
+    return path or pytest.skip("no openssl here that makes a certificate")
+
+
+@pytest.fixture
+def tls_backend(certificate):
+    with FakeBackend(context=server_context(certificate)) as backend:
+        yield backend
+
+
+NARROW = """
+import http.client, socket
+connect = http.client.HTTPConnection.connect
+def narrow(self):
+    connect(self)
+    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+http.client.HTTPConnection.connect = narrow
+"""
+
+
+@pytest.mark.skipif(not posix, reason="Windows drops what was received before a reset")
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "TLS"])
+@pytest.mark.parametrize("script, result, requests", [
+    ([answer(401)], "auth_failed", 1), ([answer(403)], "server_error", 1),
+    ([answer(413)], "ok", 3), ([answer(429, Retry_After=0)] * 2, "server_error", 2)],
+    ids=["401", "403", "413", "429"])
+def test_an_answer_before_the_end_of_the_body_counts(home, request, tls, script, result, requests):
+    home.log("usage", *[usage(number, user_intent="x" * 5000) for number in range(90)])
+    environ = {}
+    if tls:
+        environ["SSL_CERT_FILE"] = request.getfixturevalue("certificate")
+    backend = FakeBackend(*script, context=server_context(environ["SSL_CERT_FILE"]) if tls else None)
+    backend.early_above = 300000
+    with backend:
+        home.configure(baseUrl=backend.url)
+        assert home.run(shim=NARROW, **environ) == SILENT
+    assert (home.results()[2], len(backend.requests)) == (result, requests)
+
+
+def test_kept_tls_connections_closed_without_a_word_fail_no_batch(home, certificate):
+    sent = home.fill(4 * BATCH)
+    script = [reply_and_close, reply_and_close_later, OK, DROP]
+    with FakeBackend(*script, context=server_context(certificate)) as backend:
+        home.configure(baseUrl=backend.url)
+        assert home.run(SSL_CERT_FILE=certificate) == SILENT
+    assert sessions(backend) == sent + sent[3 * BATCH:] and home.is_done()
+
+
+def test_a_kept_connection_that_times_out_is_not_asked_again(home, hold, monkeypatch):
+    monkeypatch.setattr(s, "REQUEST_SECONDS", 0.2)
+    home.fill(BATCH + 1)
+    backend = synced(home, OK, hold)
+    assert (sizes(backend), home.results()[2]) == ([BATCH, 1], "network_error")
+    assert sessions(synced(home)) == names("s", BATCH) and home.is_done()
+
+
+def test_a_refused_connection_is_a_network_error(home):
+    home.fill(1)
+    assert home.sync() == ["network_error, no answer (ConnectionRefusedError) from 127.0.0.1:9 by "
+                           "127.0.0.1"] or not posix
+    assert home.results() == (0, 0, "network_error")
+
+
+@pytest.mark.parametrize("trust, host, result", [
+    (False, "127.0.0.1", "network_error"), (True, "localhost", "network_error"),
+    (True, "127.0.0.1", "ok")], ids=["self-signed", "of another host", "trusted"])
+def test_a_certificate_must_verify(home, tls_backend, certificate, trust, host, result):
+    sent = home.fill(BATCH + 1, 1)
+    home.configure(baseUrl=tls_backend.url.replace("127.0.0.1", host))
+    assert home.run(**{"SSL_CERT_FILE": certificate} if trust else {}) == SILENT
+    assert home.results()[2] == result
+    assert sessions(tls_backend) == (sent if result == "ok" else [])
+
+
+def test_a_server_that_speaks_no_tls_is_a_network_error(home):
+    home.fill(1)
+    with FakeBackend(default=None) as backend:
+        home.configure(baseUrl="https://127.0.0.1:%d" % backend.port)
+        home.sync()
+        assert (backend.connections, home.results()[2]) == (1, "network_error")
+
+
+# Proxies, and where the token must not go.
+
+@pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY"])
+@pytest.mark.parametrize("login, header", [
+    ("", None), ("me:w%40rd@", b"Basic bWU6d0ByZA=="), ("me:a@:%25@", b"Basic bWU6YUA6JQ==")])
+def test_the_token_stays_in_the_tunnel_of_a_proxy(home, tls_backend, certificate, variable, login,
+                                                  header):
+    sent = home.fill(BATCH + 1)
+    home.configure(baseUrl=tls_backend.url)
+    with Proxy() as proxy:
+        environ = {"https_proxy": None, variable: proxy.url(login), "no_proxy": ""}
+        said = home.run("-v", SSL_CERT_FILE=certificate, **environ)
+    assert sessions(tls_backend) == sent and home.is_done()
+    assert b"127.0.0.1:%d by 127.0.0.1" % tls_backend.port in said.err
+    head, = proxy.heads
+    assert head.startswith(b"CONNECT 127.0.0.1:%d HTTP/1." % tls_backend.port)
+    assert (b"Proxy-Authorization: %s\r\n" % (header or b"") in head) == (header is not None)
+    assert len(proxy.seen) > 1000
+    assert TOKEN.encode() not in head + bytes(proxy.seen) and b"Bearer" not in head
+    assert not any(name.lower().startswith("proxy") for request in tls_backend.requests
+                   for name in request.headers)
+    assert tls_backend.requests[0].headers["Authorization"] == "Bearer " + TOKEN
+
+
+@pytest.mark.parametrize("no_proxy, used", [
+    ("", 1), ("example.com", 1), ("127.0.0.1", 0), ("*", 0), ("example.com, 127.0.0.1", 0)])
+def test_a_proxy_without_a_scheme_is_used_and_no_proxy_honoured(home, tls_backend, certificate,
+                                                                no_proxy, used):
+    sent = home.fill(1)
+    home.configure(baseUrl=tls_backend.url)
+    with Proxy() as proxy:
+        home.run(https_proxy=proxy.url().replace("http://", ""), no_proxy=no_proxy,
+                 SSL_CERT_FILE=certificate)
+        assert sessions(tls_backend) == sent and len(proxy.heads) == used
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://", "http://:x", "http://a b", "://",
+                                 "http://127.0.0.1:99999", "socks5://127.0.0.1:1", "http://[::1"])
+def test_a_proxy_that_is_no_good_is_a_network_error(home, tls_backend, url):
+    home.fill(1)
+    home.configure(baseUrl=tls_backend.url)
+    assert home.run(https_proxy=url, no_proxy="") == SILENT
+    assert tls_backend.requests == [] and home.results() == (0, 0, "network_error")
+
+
+def test_plain_http_on_this_machine_goes_through_no_proxy(home):
+    sent = home.fill(1)
+    with Proxy() as proxy, FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        variables = "http_proxy", "https_proxy", "all_proxy"
+        home.run(no_proxy="", **{name: proxy.url() for name in variables})
+        assert sessions(backend) == sent and proxy.heads == []
+
+
+PRIVATE = REMOVED + ["device_id", "installation_id", "of_tomorrow"]
+ECHOES = {
+    "ok": OK, "401": answer(401, TOKEN.encode()), "500": answer(500, TOKEN.encode()),
+    "429": answer(429, Retry_After="0", X_Token=TOKEN), "json": answer(200, {"code": TOKEN}),
+    "redirect": answer(302, Location=NOWHERE + "/" + TOKEN),
+    "html": answer(200, b"<html>" + TOKEN.encode()),
+    "status line": lambda handler: handler.wfile.write(b"HTTP/1.1 500 " + TOKEN.encode() +
+                                                       b"\r\nContent-Length: 0\r\n\r\n"),
+    "no HTTP": lambda handler: handler.wfile.write(TOKEN.encode() + b"\r\n\r\n"),
+    "version": lambda handler: handler.wfile.write(b"HTTP/" + TOKEN.encode() + b" 200 OK\r\n\r\n")}
+
+
+@pytest.mark.parametrize("reply", sorted(ECHOES))
+def test_token_and_private_fields_show_up_nowhere(home, reply):
+    secret = {field: "PRIVATE-" + field for field in PRIVATE}
+    home.log("usage", usage(1, **secret))
+    home.log("feedback", feedback(1, **secret))
+    with FakeBackend(default=ECHOES[reply]) as backend:
+        home.configure(baseUrl=backend.url, telemetry="anonymous")
+        flags = ["--dry-run", "-v", "--status", "--pending"] if reply == "ok" else ["-v"]
+        for flag in flags:
+            result = home.run(flag)
+            shown = result.out + result.err + (json.dumps(home.offsets()).encode())
+            assert not any(text in shown for text in (
+                TOKEN.encode(), b"PRIVATE", b"device-42", b"Traceback"))
+        assert backend.requests and not any(
+            b"PRIVATE" in request.body or b"device-42" in request.body
+            for request in backend.requests)
+
+
+# Time: of a run, of a request, of a connect.
+
+BUSY = [  # seconds: of an answer, of the run; the requests of 5 batches that are begun
+    (3, 10, 2), (9, 30, 3), (4.9, 30, 5), (1, 10, 5), (6, 16.1, 2), (6, 15.9, 1), (40, 30, 1)]
+
+
+@pytest.mark.parametrize("answering, seconds, begun", BUSY)
+def test_no_request_is_begun_that_would_have_to_be_cut_short(home, answering, seconds, begun):
+    sent = home.fill(4 * BATCH, 1)
+    clock = FakeClock()
+
+    def answer_slowly():
+        clock.passed += answering
+
+    backend = synced(home, *[then(answer_slowly)] * 5, clock=clock, seconds=seconds)
+    assert len(backend.requests) == begun
+    if begun < 5:
+        assert backend.said[-1] == "too little time is left for another request"
+        assert home.results() == (0, 0, "network_error")
+    assert sessions(synced(home)) == sent[begun * BATCH:] and home.is_done()
+
+
+def test_a_backlog_larger_than_the_time_is_drained_without_repeating(home):
+    sent = home.fill(9 * BATCH)
+    with FakeBackend(*[after(0.12)] * 40) as backend:
+        home.configure(baseUrl=backend.url)
+        for _ in range(12):
+            assert home.run("--max-time", "0.8") == SILENT
+            if home.is_done():
+                break
+    assert sessions(backend) == sent and home.is_done()
+
+
+@pytest.mark.parametrize("first, seconds, waits, result", [
+    (answer(429, Retry_After=9), 9, [], "server_error"), (answer(503), 2, [], "server_error"),
+    (answer(429, Retry_After=9), 9.1, [9], "ok"), (answer(503), 2.1, [2], "ok")])
+def test_a_wait_that_the_time_does_not_allow_is_not_begun(home, first, seconds, waits, result):
+    home.fill(1)
+    clock = FakeClock()
+    backend = synced(home, first, clock=clock, seconds=seconds)
+    assert (clock.slept, home.results()[2]) == (waits, result)
+    assert len(backend.requests) == 1 + len(waits)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+SLOW = {
+    "a status line": (b"HTTP/1.1 200 ", b"x", 0.05), "headers": (HEAD + b"X-Drip: ", b"x", 0.05),
+    "a body": (HEAD + b"Content-Length: 90000\r\n\r\n", b" ", 0.05),
+    "chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", 0.05),
+    "100 for ever": (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001), "nothing": (b"", b"", 1)}
+
+
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_a_server_that_drips_is_left_in_time(home, name):
+    sent = home.fill(BATCH + 1)
+    with FakeBackend(OK, pour(*SLOW[name])) as backend:
+        home.configure(baseUrl=backend.url)
+        assert home.run("-v", "--max-time", "0.4").err.endswith(b"secondme_sync: time is up\n")
+        assert home.results() == (0, 0, "network_error")
+    assert sessions(synced(home)) == sent[BATCH:] and home.is_done()
+
+
+ENDLESS = {
+    "a status line": (b"HTTP/1.1 200 ", b"x" * 65536, 0),
+    "a header": (HEAD + b"X-Long: ", b"x" * 65536, 0), "headers": (HEAD, b"X-Many: x\r\n" * 1000, 0),
+    "a body": (HEAD + b"\r\n", b" " * 65536, 0),
+    "chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 65536 + b"\r\n", 0),
+    "one chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n7fffffff\r\n", b" " * 65536, 0),
+    "a body announced": (HEAD + b"Content-Length: 9" + b"9" * 15 + b"\r\n\r\n", b" " * 65536, 0)}
+
+
+@needs_limits
+@pytest.mark.parametrize("name", sorted(ENDLESS))
+def test_an_endless_answer_takes_little_memory(home, name):
+    home.fill(1)
+    with FakeBackend(pour(*ENDLESS[name])) as backend:
+        home.configure(baseUrl=backend.url)
+        process = home.spawn("--max-time", "3")
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = status
+        assert (status,) + process.communicate() == (0, b"", b"")
+    mebibytes = used.ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10))
+    assert mebibytes < (250 if hasattr(sys, "pypy_version_info") else 100)
+    assert home.results() == (0, 0, "network_error")
+
+
+FAST = "import time\nreal = time.monotonic\ntime.monotonic = lambda: real() * 20\n"
+
+
+def test_one_request_takes_10_seconds_at_most(home, hold):
+    home.fill(1)
+    with FakeBackend(hold) as backend:
+        home.configure(baseUrl=backend.url)
+        said = home.run("-v", "--max-time", "3600", shim=FAST).err
+    assert said == b"secondme_sync: time is up\n" and len(backend.requests) == 1
+    assert home.results() == (0, 0, "network_error")
+
+
+def test_a_long_run_is_not_ended_between_its_requests(home):
+    sent = home.fill(2 * BATCH)
+    with FakeBackend(answer(429, Retry_After=1), answer(200, {"code": 0})) as backend:
+        home.configure(baseUrl=backend.url)
+        assert home.run("--max-time", "3600", shim=FAST) == SILENT  # 1 s is as 20 to the watch
+    assert sessions(backend) == sent[:BATCH] + sent and home.is_done()
+
+
+HANGS = {
+    "names": "import socket\nsocket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)",
+    "proxies": "import urllib.request\nurllib.request.proxy_bypass = lambda host: time.sleep(60)",
+    "getting proxies": "import urllib.request\nurllib.request.getproxies = lambda: time.sleep(60)"}
+
+
+@pytest.mark.parametrize("name", sorted(HANGS))
+def test_what_hangs_before_the_first_request_is_left_in_time(home, name):
+    sent = home.fill(1)
+    home.configure(baseUrl="https://127.0.0.1:9")
+    said = home.run("-v", "--max-time", "0.4", shim="import time\n" + HANGS[name], no_proxy="")
+    assert said == Result(0, b"", b"secondme_sync: time is up\n")
+    assert home.results() == (0, 0, "network_error")
+    assert sessions(synced(home)) == sent and home.is_done()
+
+
+def test_millions_of_broken_lines_take_the_time_of_the_run_and_no_more(home):
+    home.append("usage", b"x\n" * 3000000)
+    assert home.run("-v", "--max-time", "0.4").err == b"secondme_sync: time is up\n"
+    assert home.results() == (0, 0, "network_error")
+
+
+def test_a_dead_address_of_a_host_costs_4_seconds_not_the_run(home, monkeypatch):
+    sent = home.fill(1)
+    seen, create = [], socket.create_connection
+
+    def watched(address, timeout, *args):
+        seen.append((timeout, create(address, timeout, *args)))
+        return seen[0][1]
+
+    def two_addresses(host, port, *args, **kwargs):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", dead.getsockname()),
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(s, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(socket, "create_connection", watched)
+    monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
+    with socket.socket() as dead, contextlib.ExitStack() as stack:
+        dead.bind(("127.0.0.1", 0))
+        dead.listen(0)
+        for _ in range(4):  # its queue is full: on Linux, it swallows what comes then
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(dead.getsockname())
+        during = []
+        backend = synced(home, then(lambda: during.append(seen[0][1].gettimeout())))
+    assert sessions(backend) == sent and home.is_done()
+    assert ([seen[0][0]], during) == ([0.3], [s.REQUEST_SECONDS])
+
+
+# Killed at any moment, any call failing, consent withdrawn.
+
+def test_runs_killed_at_random_moments_lose_nothing(home):
+    chance = random.Random(16)
+    sent, kills = home.fill(10 * BATCH, 250), 0
+    with FakeBackend(*[after(0.01)] * 2000) as backend:
+        home.configure(baseUrl=backend.url)
+        for _ in range(15):
+            run = home.spawn()
+            time.sleep(chance.uniform(0.02, 0.25))
+            run.kill()
+            kills += wait(run).code != 0
+            assert home.offsets() is None or isinstance(home.offsets(), dict)
+        assert home.run() == SILENT
+    assert set(sessions(backend)) == set(sent) and home.is_done()
+    assert repeats(sessions(backend)) <= BATCH * kills
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
+def test_a_run_killed_at_an_answer_repeats_that_batch_alone(home, answered):
+    sent, runs = home.fill(3 * BATCH), []
+
+    def kill(handler):
+        if answered:
+            handler.reply(*OK)
+        runs[0].kill()
+
+    with FakeBackend(after(0.2), kill) as backend:
+        home.configure(baseUrl=backend.url)
+        runs.append(home.spawn())
+        wait(runs[0])
+        assert home.run() == SILENT
+    assert set(sessions(backend)) == set(sent) and home.is_done()
+    assert repeats(sessions(backend)) in ((0, BATCH) if answered else (BATCH,))
+
+
+TROUBLE = """
+import builtins, os, signal
+owner, name = {call!r}.split(".")
+owner = __import__(owner)
+real, calls = getattr(owner, name), []
+def troubled(*args, **kwargs):
+    if not str(args[0] if args else "").endswith(".py"):
+        calls.append(args)
+        if len(calls) == {nth} or {always} and len(calls) > {nth}:
+            if {how!r} == "fail":
+                raise OSError(28, "trouble")
+            {how!r} == "kill after" and real(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(owner, name, troubled)
+"""
+CALLS = ["os.open", "os.fsync", "os.close", "builtins.open", "fcntl.flock", "os.stat"]
+
+
+@needs_signals
+@pytest.mark.parametrize("how", ["fail", "kill before", "kill after"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_fails_or_is_the_last_loses_nothing(home, call, how):
+    sent = home.fill(BATCH + 20, 90)
+    with FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        for nth in (1, 2, 3):
+            result = home.run(shim=TROUBLE.format(call=call, nth=nth, how=how, always=False))
+            assert result == SILENT or how != "fail" and result == (-signal.SIGKILL, b"", b"")
+            assert home.offsets() is None or isinstance(home.offsets(), dict)
+        assert home.run() == SILENT
+        home.log("usage", 7000)
+        assert home.run() == SILENT
+    assert set(sessions(backend)) == set(sent) | {"s-7000"} and home.is_done()
+    assert repeats(sessions(backend)) <= 3 * BATCH
+
+
+@needs_signals
+@pytest.mark.parametrize("call", ["os.open", "os.fsync", "builtins.open"])
+def test_where_a_call_always_fails_nothing_is_sent_or_all_is_sent_once(home, call):
+    sent = home.fill(2, 1)
+    with FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        for _ in range(2):
+            assert home.run(shim=TROUBLE.format(call=call, nth=1, how="fail", always=True)) == SILENT
+        assert backend.requests == [] and home.run() == SILENT
+    assert sessions(backend) == sent and home.is_done()
+
+
+WITHDRAWALS = {
+    "off": lambda home: home.configure(telemetry="off"),
+    "no key": lambda home: home.configure(telemetry=None),
+    "other type": lambda home: home.configure(telemetry=True),
+    "no file": lambda home: home.find("config").unlink(),
+    "broken": lambda home: home.write("config", "{")}
+
+
+@pytest.mark.parametrize("name", sorted(WITHDRAWALS))
+def test_consent_withdrawn_in_mid_run_ends_it(home, name):
+    sent = home.fill(BATCH + 50, 50)
+    first = synced(home, then(lambda: WITHDRAWALS[name](home)))
+    assert (sizes(first), first.said[-1]) == ([BATCH], "config has changed")
+    assert home.results()[:2] == (0, 0) and home.sync()[0].startswith("telemetry is off")
+    home.write("config", {"telemetry": "community"})
+    assert sessions(synced(home)) == sent[BATCH:] and home.is_done()
+
+
+def test_consent_withdrawn_before_a_retry_ends_the_run(home):
+    home.fill(1)
+    backend = synced(home, then(lambda: home.configure(telemetry="off"), answer(503)))
+    assert len(backend.requests) == 1 and home.results()[:2] == (0, 0)
+
+
+def test_consent_lowered_in_mid_run_holds_for_the_next_batch(home):
+    home.fill(BATCH + 50)
+    first = synced(home, then(lambda: home.configure(telemetry="anonymous")))
+    assert modes(first) == [("community", BATCH)]
+    assert modes(synced(home)) == [("anonymous", 50)] and home.is_done()
