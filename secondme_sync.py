@@ -524,9 +524,8 @@ def background(run):
 
 def describe_pending(folder, logs, mode):
     """Return in words how many events of logs are pending, and how many of them as anonymous."""
-    counts = {name: "unreadable" for name in LOGS
-              if os.path.lexists(os.path.join(folder, name + ".jsonl"))}
-    kept = 0
+    kept, counts = 0, {name: "unreadable" for name in LOGS
+                       if os.path.lexists(os.path.join(folder, name + ".jsonl"))}
     for log in logs:
         begins = [begin for begin, _, event in log.lines() if event is not None]
         counts[log.name] = len(begins)
@@ -545,11 +544,12 @@ def report(run):
         now = f"a sync would send nothing: {stop}"
     with open_logs(state, run.mode) as logs:
         pending = describe_pending(run.folder, logs, run.mode)
-    last = [state.record["last_sync_result"] or "never", state.record["last_sync_ts"] or ""]
+    last = " ".join(filter(None, (state.record["last_sync_result"], state.record["last_sync_ts"])))
     lines = ["directory: " + run.home, f"telemetry: {run.mode} ({run.reason})",
              "endpoint:  " + endpoint, "logged in: " + ("yes" if run.token() else "no"),
-             "pending:   " + pending, "last sync: " + " ".join(last), "now:       " + now]
-    return "\n".join(lines).encode("ascii", "backslashreplace").decode("ascii")
+             "pending:   " + pending, "last sync: " + (last or "never"), "now:       " + now]
+    encoding = getattr(sys.stdout, "encoding", "ascii")
+    return "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def dry_run(run, mode):
@@ -616,7 +616,7 @@ def parse_args(argv):
 
 def say(text):
     with suppress(AttributeError, OSError, ValueError):  # closed
-        sys.stderr.write(f"secondme_sync: {text}\n")
+        sys.stderr.write("secondme_sync: " + text.replace("\n", "\nsecondme_sync: ") + "\n")
         sys.stderr.flush()
 
 

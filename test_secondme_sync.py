@@ -1816,3 +1816,571 @@ def test_consent_lowered_in_mid_run_holds_for_the_next_batch(home):
     first = synced(home, then(lambda: home.configure(telemetry="anonymous")))
     assert modes(first) == [("community", BATCH)]
     assert modes(synced(home)) == [("anonymous", 50)] and home.is_done()
+
+
+# The command line.
+
+def sample(path, mode):
+    """Return a copy of fixtures/home, in mode, logged in."""
+    folder = path / "sample"
+    shutil.copytree(str(ROOT / "fixtures" / "home"), str(folder))
+    config = json.loads((folder / "config").read_text())
+    (folder / "config").write_text(json.dumps(dict(config, telemetry=mode)))
+    (folder / "credentials").write_text(json.dumps({"accessToken": TOKEN}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("mode", sorted(BODIES))
+def test_the_sample_home_makes_the_expected_bodies(home, mode):
+    expected = (ROOT / "fixtures" / "expected" / (mode + ".json")).read_bytes()
+    assert home.run("--dry-run", "--dir", sample(home.path, mode)).out == expected
+
+
+def test_a_dry_run_prints_the_bodies_of_the_next_run_byte_for_byte(home):
+    home.fill(BATCH + 30)
+    home.log("feedback", *[feedback(n, comment="\u8bb0" * 50000) for n in range(5)])
+    home.append("feedback", b'{"comment": "\\ud83d \xff \\u2028"}\nno event\n{"torn')
+    synced(home, OK, answer(500))
+    before = home.snapshot()
+    printed = home.run("--dry-run").out.split(b"\n")
+    assert home.snapshot() == before
+    backend = synced(home)
+    assert [request.body for request in backend.requests] + [b""] == printed
+    assert sessions(backend)[:30] == names("s", *range(BATCH, BATCH + 30)) and len(printed) > 2
+
+
+@pytest.mark.parametrize("change, environ, said", [
+    (None, {}, "now:       a sync would send"), (no_consent, {}, "nothing: telemetry is off"),
+    (no_credentials, {}, "nothing: not logged in"), (nothing_new, {}, "nothing: nothing is pending"),
+    (None, {"DO_NOT_TRACK": "1"}, "DO_NOT_TRACK"), (None, {"SM_TEL": "off"}, "SM_TEL"),
+    (lambda home: home.configure(baseUrl="http://example.test"), {}, "baseUrl must")])
+def test_a_dry_run_prints_what_a_sync_would_send_or_why_nothing(home, change, environ, said):
+    home.fill(3, 2)
+    if change:
+        change(home)
+    result = home.run("--dry-run", **environ)
+    assert (result.code, said in result.err.decode()) == (0, True)
+    assert result.err.count(b"secondme_sync: ") == 7 and len(result.out.splitlines()) == (
+        said == "now:       a sync would send")
+    assert said != "now:       a sync would send" or b"3 usage, 2 feedback" in result.err
+    assert TOKEN.encode() not in result.out + result.err
+
+
+@pytest.mark.parametrize("change", [no_consent, no_credentials, None, "SM_TEL"])
+@pytest.mark.parametrize("mode", sorted(BODIES))
+def test_a_person_can_look_before_agreeing(home, change, mode):
+    home.log("usage", 7)
+    home.log("feedback", 8)
+    if callable(change):
+        change(home)
+    before = home.snapshot()
+    environ = {"SM_TEL": "off"} if change == "SM_TEL" else {}
+    result = home.run("--dry-run", mode, **environ)
+    assert json.loads(result.out.decode("utf-8")) == BODIES[mode]
+    now = b"a sync would send\n" if change is None else b"a sync would send nothing: "
+    assert now in result.err and home.snapshot() == before
+
+
+@pytest.mark.skipif(not posix, reason="Windows has no pseudo-terminals")
+def test_on_a_terminal_a_dry_run_is_indented(home):
+    import pty
+    home.log("usage", 7)
+    ours, theirs = pty.openpty()
+    process = home.spawn("--dry-run", options={"stdout": theirs})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while b"\n}" not in shown:
+            shown += os.read(ours, 65536)
+    os.close(ours)
+    assert wait(process).code == 0 and b'\n  "telemetryMode": "community"' in shown
+    assert json.loads(shown.decode("utf-8"))["events"] == [dict(USAGE, **USAGE_TEXT)]
+
+
+def unreadable(home):
+    home.restart("usage", unlink=True)
+    home.find("usage.jsonl").mkdir()
+
+
+STATUS = [  # what is so; what --status says of it
+    (None, {}, ["community (telemetry in config is \"community\")", "logged in: yes",
+                "2 usage, 1 feedback events", "last sync: never", "now:       a sync would send"]),
+    (no_consent, {}, ['off (telemetry in config is "off")', "nothing: telemetry is off"]),
+    (lambda home: home.configure(telemetry="Community"), {}, ['off (telemetry in config is "Comm']),
+    (lambda home: home.configure(telemetry=True), {}, ["off (telemetry in config is true)"]),
+    (lambda home: home.find("config").unlink(), {}, ["off (there is no readable config)"]),
+    (lambda home: home.write("config", '{"telemetry": "community",}'), {},
+     ["off (config is not a JSON object)"]),
+    (None, {"SM_TEL": "on"}, ['off (SM_TEL is "on")']),
+    (None, {"SM_TEL": "anonymous"}, ['anonymous (SM_TEL is "anonymous")', "2 usage, 1 feedback e"]),
+    (None, {"DO_NOT_TRACK": "1"}, ['off (DO_NOT_TRACK is "1")']),
+    (no_credentials, {}, ["logged in: no", "nothing: not logged in"]),
+    (lambda home: home.configure(baseUrl="http://me:word@example.test"), {},
+     ["endpoint:  refused", "baseUrl must be https"]),
+    (unreadable, {}, ["unreadable usage, 1 feedback events"]),
+    (run_in("anonymous", answer(500)), {}, ["endpoint:  refused"]),
+    (lambda home: [run_in("anonymous", answer(503), answer(503))(home), log_more(home),
+                   home.configure(telemetry="community", baseUrl=NOWHERE)], {},
+     ["5 usage, 2 feedback events, 3 of them as anonymous", "last sync: server_error 20"]),
+    (lambda home: home.run("--skip-pending"), {}, [
+        "0 usage, 0 feedback", "last sync: skipped 20", "nothing: nothing is pending"]),
+    (lambda home: synced(home), {}, ["0 usage, 0 feedback", "last sync: ok 20"]),
+    (lambda home: shutil.rmtree(str(home.dir)), {}, [
+        "off (there is no readable config)", s.BASE_URL + s.PATH, "logged in: no",
+        "0 usage, 0 feedback events", "last sync: never"])]
+STATUS = [row for row in STATUS if "endpoint:  refused" not in row[2] or len(row[2]) > 1]
+
+
+@pytest.mark.parametrize("change, environ, said", STATUS)
+def test_status_tells_how_things_stand_and_why(home, change, environ, said):
+    home.fill(2, 1)
+    if change:
+        change(home)
+    before = home.snapshot()
+    result = home.run("--status", **environ)
+    text = result.out.decode("ascii").replace("\r\n", "\n")
+    assert (result.code, result.err, home.snapshot()) == (0, b"", before)
+    assert [part for part in ["directory: %s\n" % home.dir] + said if part not in text] == []
+    assert TOKEN not in text and "word" not in text and text.count("\n") == 7
+
+
+def test_status_shows_any_directory_on_any_terminal(home):
+    folder = home.path / "家"
+    folder.mkdir()
+    result = home.run("--status", "--dir", str(folder), LC_ALL="C", PYTHONUTF8="0",
+                      PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+    assert (result.code, result.err, b"\\u" in result.out) == (0, b"", True)
+    shown = home.run("--status", "--dir", str(folder), PYTHONIOENCODING="utf-8").out
+    assert "家".encode("utf-8") in shown or not posix
+
+
+PENDING = [  # name, change, environment, answer, why
+    ("nothing was sent yet", None, {}, "yes", ""),
+    ("anonymous", lambda home: home.configure(telemetry="anonymous"), {}, "yes", ""),
+    ("the run before failed", lambda home: synced(home, answer(500)), {}, "yes", ""),
+    ("state of the older script", lambda home: home.write(".sync-offsets", '{"usage_bytes": 0}'),
+     {}, "yes", ""),
+    ("all is sent", synced, {}, "no", "nothing is pending"),
+    ("all is sent, state of the older script", nothing_new, {}, "no", "nothing is pending"),
+    ("no log", lambda home: home.find("usage.jsonl").unlink(), {}, "no", "nothing is pending"),
+    ("empty log", lambda home: home.restart("usage"), {}, "no", "nothing is pending"),
+    ("a torn line alone", lambda home: home.find("usage.jsonl").write_bytes(b'{"event": "skill_r'),
+     {}, "no", "nothing is pending"),
+    ("telemetry is off", no_consent, {}, "no", 'telemetry in config is "off"'),
+    ("no credentials", no_credentials, {}, "no", "not logged in"),
+    ("SM_TEL=off", None, {"SM_TEL": "off"}, "no", 'SM_TEL is "off"'),
+    ("DO_NOT_TRACK=1", None, {"DO_NOT_TRACK": "1"}, "no", 'DO_NOT_TRACK is "1"')]
+
+
+@table(PENDING, "name", "change", "environ", "expected", "why")
+def test_pending_is_yes_or_no(home, name, change, environ, expected, why):
+    home.log("usage", 1)
+    if change:
+        change(home)
+    before = home.snapshot()
+    assert home.run("--pending", **environ) == Result(0, expected.encode() + b"\n", b"")
+    said = home.run("--pending", "-v", **environ)
+    assert (said.out, why in said.err.decode()) == (expected.encode() + b"\n", True)
+    assert home.snapshot() == before
+
+
+@pytest.mark.parametrize("mode", ["off", "anonymous", "community"])
+@pytest.mark.parametrize("token", [None, TOKEN], ids=["no token", "token"])
+def test_skip_pending_keeps_what_was_logged_local_for_ever(tmp_path, mode, token):
+    home = Home(tmp_path, telemetry=mode, token=token)
+    home.fill(2, 1)
+    torn = line(usage(7))
+    home.append("usage", torn[:40])
+    before = home.snapshot()
+    result = home.run("--skip-pending")
+    assert (result.code, result.err, b"2 usage, 1 feedback events" in result.out) == (0, b"", True)
+    assert home.changed(before) == {".sync-offsets"}
+    home.configure(telemetry="community")
+    home.write("credentials", {"accessToken": TOKEN})
+    assert synced(home).said == ["nothing is pending"]
+    home.append("usage", torn[40:])
+    home.log("feedback", 5)
+    assert sessions(synced(home)) == ["s-7", "f-5"] and home.is_done()
+    assert b"0 usage, 0 feedback" in home.run("--skip-pending").out
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda home: home.state.mkdir(), "cannot be recorded"), (unreadable, "unreadable usage"),
+    (lambda home: shutil.rmtree(str(home.analytics)), "cannot be recorded: No such file")])
+def test_skip_pending_that_fails_says_why(home, change, reason):
+    home.fill(1)
+    change(home)
+    result = home.run("--skip-pending")
+    assert (result.code, result.out, result.err.count(b"\n")) == (1, b"", 1)
+    assert reason in result.err.decode() and b"secondme_sync: stopped: " in result.err
+
+
+def test_another_directory_is_given_with_dir(home):
+    other = Home(home.path / "other")
+    other.log("usage", 2)
+    home.fill(1)
+    with FakeBackend(OK, default=None) as backend:
+        other.configure(baseUrl=backend.url)
+        assert home.run("--dir", os.path.join("other", ".secondme")) == SILENT
+    assert sessions(backend) == ["s-2"] and other.is_done() and home.offsets() is None
+
+
+VERBOSE = [  # answers, what -v says
+    ([OK], [r"\d+ bytes to 127.0.0.1:\d+ by 127.0.0.1: HTTP 200, ok"]),
+    ([answer(429, Retry_After=0), answer(401)], [
+        "HTTP 429, server_error", "retry in 0 s", "HTTP 401, auth_failed"]),
+    ([answer(200, {"code": 1001})], ["HTTP 200 with code 1001, server_error"]),
+    ([answer(200, {"code": "0"})], ["HTTP 200, server_error"]),
+    ([answer(200, b"<html>")], ["HTTP 200, network_error"]),
+    ([DROP], [r"stopped: network_error, no answer \(RemoteDisconnected\) from 127.0.0.1:\d+ by"]),
+    ([no_http], [r"stopped: network_error, no answer \(BadStatusLine\) from 127.0.0.1"])]
+
+
+@pytest.mark.parametrize("script, said", VERBOSE)
+@pytest.mark.parametrize("flag", ["-v", "--verbose"])
+def test_verbose_says_what_was_answered_by_whom_or_that_nothing_was(home, script, said, flag):
+    home.fill(1)
+    with FakeBackend(*script, default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        result = home.run(flag)
+    lines = result.err.decode("ascii").splitlines()
+    assert (result.code, result.out, len(lines)) == (0, b"", len(said))
+    assert [part for part, text in zip(said, lines)
+            if not re.search("^secondme_sync: .*" + part, text)] == []
+
+
+def test_version_and_help_are_printed(home):
+    version, told = home.run("--version"), home.run("--help", COLUMNS="80")
+    assert version.out.split() == [b"secondme_sync", s.VERSION.encode()]
+    lines = told.out.decode("ascii").splitlines()
+    assert (told.code, told.err, version.code, version.err) == (0, b"", 0, b"")
+    assert max(map(len, lines)) <= 80 and "usage: secondme_sync [flags]" in lines
+
+
+@pytest.mark.parametrize("flags", [
+    ["--unknown"], ["word"], ["--max-time", "soon"], ["--max-time", "0"], ["--max-time", "-5"],
+    ["--max-time", "nan"], ["--max-time", "inf"], ["--max-time"], ["--dir"], ["--dir", ""],
+    ["--dir="], ["--skip"], ["--dry"], ["--stat"], ["--pend"], ["--back"], ["--verb"],
+    ["--pending", "--status"], ["--dry-run", "off"], ["--dry-run", "--skip-pending"]], ids=" ".join)
+def test_misuse_exits_with_2_and_does_nothing(home, flags):
+    home.fill(1)
+    before = home.snapshot()
+    result = home.run(*flags)
+    assert (result.code, result.out, home.snapshot()) == (2, b"", before)
+    assert b"usage: " in result.err and b"Traceback" not in result.err
+
+
+# In the background.
+
+AS_PASTED = """
+source = open(sys.argv[0], encoding="ascii").read()
+exec(compile(source, "<stdin>", "exec"), {"__name__": "__main__"})
+"""
+
+
+@pytest.mark.parametrize("shim", ["", AS_PASTED], ids=["file", "pasted"])
+def test_background_returns_before_the_server_answers_and_delivers_later(home, shim):
+    if shim and not posix:
+        pytest.skip("pasted on Windows, it works in the foreground")
+    sent, hold = home.fill(1), threading.Event()
+    with FakeBackend(lambda handler: hold.wait(30) and handler.reply(*OK)) as backend:
+        home.configure(baseUrl=backend.url)
+        assert home.run("--background", shim=shim) == SILENT  # no pipe of its caller is held
+        until(lambda: backend.requests)
+        assert home.results() == (0, 0, "network_error")
+        hold.set()
+        until(lambda: home.results()[2] == "ok")
+    assert sessions(backend) == sent
+
+
+TELL = """
+import os
+def tell(command):
+    streams = [(os.fstat(number).st_rdev == os.stat(os.devnull).st_rdev,
+                os.get_inheritable(number)) for number in range(3)]
+    with open("told", "w") as file:
+        file.write(repr((command, os.getsid(0) == os.getpid(), os.getcwd(), streams)))
+    os.rename("told", "all told")
+os.execv = lambda path, command: (tell(command), os._exit(0))
+"""
+
+
+@needs_fork
+def test_background_is_a_new_interpreter_of_its_own_session_and_streams(home):
+    home.fill(1)
+    home.run("--background", "--max-time", "7", shim=TELL, options={"stdin": subprocess.PIPE})
+    told = home.dir / "all told"
+    until(told.exists)
+    command, leads, folder, streams = ast.literal_eval(told.read_text())
+    assert command == [sys.executable, "-I", str(SCRIPT), "--dir", str(home.dir),
+                       "--max-time", "7.0"]
+    assert (leads, os.path.realpath(folder)) == (True, os.path.realpath(str(home.dir)))
+    assert streams == [(True, True)] * 3
+
+
+NO_FORK = """
+import os
+os.fork = lambda: os.write(1, ",".join(sorted(set(sys.modules).intersection(
+    ("socket", "ssl", "threading", "urllib.request", "subprocess")))).encode() + b"forked")
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("shim", ["", AS_PASTED], ids=["file", "pasted"])
+@pytest.mark.parametrize("change, expected", [
+    (None, b"forked"), (no_consent, b""), (no_credentials, b""), (nothing_new, b"")])
+def test_background_makes_a_process_only_where_there_is_something_to_do(home, shim, change, expected):
+    home.fill(1)
+    if change:
+        change(home)
+    # and nothing that it imports could have started threads or looked up names by then
+    assert home.run("--background", shim=NO_FORK + shim) == Result(0, expected, b"")
+
+
+def test_background_has_what_may_take_long_behind_it(home):
+    home.append("usage", b"x\n" * 3000000)
+    begun = time.monotonic()
+    assert home.run("--background", "--max-time", "0.1") == SILENT
+    until(lambda: home.offsets() is not None)
+    assert time.monotonic() - begun < 20
+
+
+# Streams, locale, warnings, signals.
+
+@pytest.mark.skipif(not posix, reason="Windows has no /bin/sh to close streams")
+@pytest.mark.parametrize("closed, flags", [
+    ("<&-", ""), ("2>&-", "-v"), (">&-", "--dry-run"), (">&-", "--status"), (">&-", "--pending"),
+    ("2>&-", "--dry-run"), ("<&- >&- 2>&-", ""), ("<&- >&- 2>&-", "-v"),
+    ("<&- >&- 2>&-", "--background")])
+def test_closed_streams_are_no_fault(home, closed, flags):
+    sent = home.fill(1, 1)
+    with FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        command = ["sh", "-c", 'exec "$0" "$@" ' + closed, sys.executable, str(SCRIPT)]
+        result = wait(home.start(command + flags.split()))
+        assert result.code == 0 and b"Traceback" not in result.err
+        assert home.run() == SILENT
+        until(lambda: home.offsets() and home.is_done())
+    assert sessions(backend) == sent
+
+
+@contextlib.contextmanager
+def useless(kind):
+    """Yield the descriptor of a stream that takes nothing."""
+    if kind == "closed pipe":
+        begin, end = os.pipe()
+        os.close(begin)
+    elif os.path.exists("/dev/full"):
+        end = os.open("/dev/full", os.O_WRONLY)
+    else:
+        pytest.skip("no /dev/full here")
+    yield end
+    os.close(end)
+
+
+@pytest.mark.parametrize("kind", ["closed pipe", "full disk"])
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["", "unbuffered"])
+@pytest.mark.parametrize("stream, flag", [
+    ("stderr", "-v"), ("stderr", "--dry-run"), ("stdout", "--dry-run"), ("stdout", "--status"),
+    ("stdout", "--pending"), ("stdout", "--skip-pending")])
+def test_a_stream_that_takes_nothing_is_no_fault(home, stream, flag, kind, unbuffered):
+    home.fill(BATCH + 1)
+    with useless(kind) as end, FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        result = home.run(flag, options={stream: end}, PYTHONUNBUFFERED=unbuffered)
+    told = (result.err or b"").replace(b"\r\n", b"\n")
+    if flag == "--dry-run" and stream == "stdout":
+        told = told[told.index(b"now:"):].partition(b"\n")[2]  # behind the report
+    assert result.code == (flag == "--skip-pending") and told.count(b"\n") == result.code
+
+
+def test_what_head_leaves_unread_is_no_fault(home):
+    home.fill(50 * BATCH)
+    process = home.spawn("--dry-run")
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(20) == 0 and err.count(b"\n") == 7
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--status"], ["-v"]], ids=" ".join)
+def test_a_locale_without_utf8_is_no_fault(home, flags):
+    home.fill(1, 1)
+    with FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        locale = dict(LANG="C", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        result = home.run(*flags, **locale)
+        assert result.code == 0 and b"Error" not in result.err and (flags or result == SILENT)
+        assert home.run(**locale) == SILENT
+    assert backend.events()[0]["user_intent"] == usage(0)["user_intent"] and home.is_done()
+
+
+@pytest.mark.parametrize("reply", [OK, answer(500), answer(200, b" " * 200000), DROP, answer(401)],
+                         ids=["ok", "500", "long", "drop", "401"])
+def test_python_at_its_strictest_warns_of_nothing(home, reply):
+    sent = home.fill(BATCH + 50, 1)
+    command = [sys.executable, "-X", "dev", "-W", "error", str(SCRIPT)]
+    with FakeBackend(OK, reply) as backend:
+        home.configure(baseUrl=backend.url)
+        for flags in [], [], ["--pending"], ["--background"]:
+            result = wait(home.start(command + flags, {"PYTHONWARNDEFAULTENCODING": "1"}))
+            assert (result.code, result.err) == (0, b"")
+    assert set(sessions(backend)) == set(sent) and home.is_done()
+
+
+def default_signals():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # a CI may have had them ignored
+
+
+@needs_signals
+@pytest.mark.parametrize("name, code", [("SIGINT", 0), ("SIGTERM", -15), ("SIGHUP", -1)])
+@pytest.mark.parametrize("retrying", [False, True], ids=["answer", "retry"])
+def test_a_signal_ends_a_waiting_run_at_once_and_silently(home, hold, name, code, retrying):
+    sent = home.fill(BATCH + 50)
+    waits = then(hold.arrived.set, answer(429, Retry_After=10)) if retrying else hold
+    with FakeBackend(OK, waits) as backend:
+        home.configure(baseUrl=backend.url)
+        run = home.spawn(options={"preexec_fn": default_signals})
+        assert hold.arrived.wait(20)
+        time.sleep(0.2 * retrying)
+        run.send_signal(getattr(signal, name))
+        assert wait(run, 8) == (code, b"", b"")
+        assert home.results()[:2] == (0, 0) and len(backend.requests) == 2
+    assert sessions(synced(home)) == sent[BATCH:] and home.is_done()
+
+
+@needs_signals
+def test_ctrl_c_while_it_imports_shows_nothing(home):
+    shim = "import builtins\nreal = __import__\ndef stopped(name, *args):\n    if name == 'zlib':\n" \
+        "        raise KeyboardInterrupt\n    return real(name, *args)\nbuiltins.__import__ = stopped\n"
+    assert home.run(shim=shim) == SILENT
+
+
+# The file: pasted, vendored, imported.
+
+def paste(home, command):
+    """Run the script out of a heredoc, as a skill's markdown has it."""
+    text = "%s %s\n%sSYNC_EOF\n" % (shlex.quote(sys.executable), command, SOURCE.decode("ascii"))
+    return wait(home.start(["bash", "-c", text]))
+
+
+@needs_bash
+@pytest.mark.parametrize("command", [
+    "- <<'SYNC_EOF'", "<<'SYNC_EOF'", "<< 'SYNC_EOF'", "-I - <<'SYNC_EOF'", "<<SYNC_EOF",
+    "- --max-time 20 <<SYNC_EOF", "- --background <<'SYNC_EOF'"])
+def test_a_pasted_script_syncs(home, command):
+    sent = home.fill(BATCH + 1)
+    with FakeBackend(OK, OK, default=None) as backend:
+        home.configure(baseUrl=backend.url)
+        assert paste(home, command) == SILENT
+        until(lambda: home.offsets() and home.is_done())
+    assert sessions(backend) == sent
+
+
+@needs_bash
+@pytest.mark.parametrize("flag", ["--dry-run", "--pending", "--status", "--help", "--unknown"])
+def test_a_pasted_script_takes_flags_as_the_file_does(home, flag):
+    home.fill(1)
+    assert paste(home, "- %s <<'SYNC_EOF'" % flag) == home.run(flag)
+    assert paste(home, "- %s <<SYNC_EOF" % flag) == home.run(flag)
+
+
+@needs_bash
+@pytest.mark.parametrize("name", ["json", "http", "calendar", "socket"])
+def test_a_pasted_script_imports_nothing_from_the_working_directory(home, name):
+    sent = home.fill(1)
+    (home.path / (name + ".py")).write_text("print('mine')\nraise SystemExit(3)\n")
+    with FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        assert paste(home, "<<'SYNC_EOF'") == SILENT
+    assert sessions(backend) == sent
+
+
+def test_a_vendored_copy_and_the_module_do_the_same(home):
+    home.fill(1)
+    copy = home.path / "skill scripts" / "telemetry.py"
+    copy.parent.mkdir()
+    shutil.copy(str(SCRIPT), str(copy))
+    expected = home.run("--dry-run")
+    assert wait(home.start([sys.executable, "-I", str(copy), "--dry-run"])) == expected
+    module = [sys.executable, "-m", "secondme_sync", "--dry-run"]
+    assert wait(home.start(module, cwd=str(ROOT))) == expected and expected.code == 0
+
+
+def test_importing_has_no_effect(home):
+    home.fill(1)
+    before = home.snapshot()
+    command = [sys.executable, "-c", "import secondme_sync, sys; print(sys.excepthook)"]
+    result = wait(home.start(command, cwd=str(ROOT)))
+    assert (result.code, b"built-in" in result.out, result.err) == (0, True, b"")
+    assert home.snapshot() == before
+
+
+@pytest.mark.parametrize("harmful", [
+    pytest.param(rb"[^\n -~]", id="not ASCII, a tab or CR"), pytest.param(rb"\$", id="dollar"),
+    pytest.param(rb"`", id="backtick"), pytest.param(rb"(?m)^\s*SYNC_EOF\s*$", id="SYNC_EOF"),
+    pytest.param(rb"\\[\\\n]", id="backslash that a heredoc eats"),
+    pytest.param(rb"[^\n]{101}", id="line over 100 columns"),
+    pytest.param(rb"[^\n]\Z", id="no newline at the end")])
+def test_the_file_has_nothing_that_pasting_would_harm(harmful):
+    assert re.findall(harmful, SOURCE) == []
+
+
+def test_the_file_can_be_read_in_one_sitting():
+    options = {"feature_version": (3, 6)} if sys.version_info >= (3, 8) else {}
+    tree = ast.parse(SOURCE.decode("ascii"), **options)
+    assert SOURCE.count(b"\n") <= 640
+    for part in ast.walk(tree):
+        if isinstance(part, ast.FunctionDef) and sys.version_info >= (3, 8):
+            assert part.end_lineno - part.lineno < 30, part.name
+    known = set("argparse collections contextlib email fcntl http json msvcrt os socket subprocess "
+                "sys time urllib zlib _thread".split())
+    imported = {name.split(".")[0] for part in ast.walk(tree) for name in (
+        [alias.name for alias in part.names] if isinstance(part, ast.Import) else
+        [part.module] if isinstance(part, ast.ImportFrom) else [])}
+    assert imported <= known
+
+
+# Fuzz and model, seeded.
+
+def spoil(chance, data):
+    """Change, drop and add some bytes of data, never a newline."""
+    data = bytearray(data)
+    for _ in range(chance.randrange(1, 6)):
+        place = chance.randrange(len(data) + 1)
+        junk = bytes(chance.choice(b'\0\t "\\{}[]:,0-9eEuNI\x7f\x80\xc3\xed\xff')
+                     for _ in range(chance.randrange(4)))
+        data[place:place + chance.randrange(4)] = junk
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_spoiled_lines_never_cost_their_neighbours(home, seed):
+    chance = random.Random(seed)
+    lines = [json.dumps(usage(number), ensure_ascii=number % 3 > 0).encode() for number in range(150)]
+    home.append("usage", b"".join((spoil(chance, text) if number % 2 else text) + b"\n"
+                                  for number, text in enumerate(lines)))
+    arrived = sessions(synced(home))
+    whole = names("s", *range(0, 150, 2))
+    assert [name for name in arrived if name in whole] == whole and home.is_done()
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", ["config", "credentials", ".device-id", ".sync-offsets"])
+def test_a_spoiled_file_is_no_visible_error(home, name, seed):
+    home.fill(3, 3)
+    synced(home)
+    home.log("usage", 7)
+    home.write(name, spoil(random.Random(seed), home.find(name).read_bytes()))
+    with FakeBackend() as backend:
+        if name != "config":
+            home.configure(baseUrl=backend.url)
+        home.sync()
+    assert all(TOKEN.encode() not in request.body for request in backend.requests)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SECONDME_MODEL_RUNS", 12))))
+def test_whatever_happens_all_that_was_written_arrives(home, seed):
+    play(seed, home)
