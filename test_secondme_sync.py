@@ -2384,3 +2384,155 @@ def test_a_spoiled_file_is_no_visible_error(home, name, seed):
 @pytest.mark.parametrize("seed", range(int(os.environ.get("SECONDME_MODEL_RUNS", 12))))
 def test_whatever_happens_all_that_was_written_arrives(home, seed):
     play(seed, home)
+
+
+# The README: its commands work word for word, and it says what the script does.
+
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.S | re.M)
+
+
+def block(words):
+    """Return the README's one bash block that holds words, the script pasted where it says so."""
+    text, = [text for text in BLOCKS if words in text]
+    return re.sub("^# the content of .*\n", lambda _: SOURCE.decode("ascii"), text, flags=re.M)
+
+
+@pytest.fixture
+def machine(home):
+    """A home of a user with a python3 and the skill; its shell runs a text in bash."""
+    skill, bin = home.path / ".claude" / "skills" / "secondme", home.path / "bin"
+    for folder in skill, bin:
+        folder.mkdir(parents=True)
+    shutil.copy(str(SCRIPT), str(skill))
+    (bin / "python3").write_text("#!/bin/sh\nexec %s \"$@\"\n" % shlex.quote(sys.executable))
+    (bin / "python3").chmod(0o755)
+    bash = shutil.which("bash")
+    home.shell = lambda text, path="%s:/usr/bin:/bin" % bin: wait(
+        home.start([bash, "-c", text], {"PATH": path}))
+    return home
+
+
+@needs_bash
+def test_the_readmes_preflight_check_sets_the_skills_variable(machine):
+    text = block("--pending ") + 'echo "<$SM_HAS_PENDING_SYNC>"'
+    assert machine.shell(text) == (0, b"<no>\n", b"")
+    machine.fill(1)
+    assert machine.shell(text) == (0, b"<yes>\n", b"")
+    assert machine.shell(text, path="/nowhere") == (0, b"<no>\n", b"")
+    (machine.path / "bin" / "python3").write_text("#!/bin/sh\necho a stub >&2\nexit 49\n")
+    assert machine.shell(text) == (0, b"<no>\n", b"")
+
+
+HOOK, = re.findall(r"^```json\n(.*?)^```$", README, re.S | re.M)
+
+
+@needs_bash
+@pytest.mark.parametrize("words", ['.py" --background ', '.py" 2>', "SYNC_EOF", "hook"],
+                         ids=["catch-up", "post-session", "heredoc", "hook"])
+def test_the_readmes_blocks_sync_in_silence(machine, words):
+    sent = machine.fill(3)
+    entry = json.loads(HOOK)["hooks"]["SessionEnd"][0]["hooks"][0]
+    text = entry["command"] if words == "hook" else block(words)
+    with FakeBackend() as backend:
+        machine.configure(baseUrl=backend.url)
+        assert machine.shell(text) == SILENT
+        until(lambda: machine.offsets() and machine.is_done())
+    assert sessions(backend) == sent
+    if words != "SYNC_EOF":
+        assert machine.shell(text, path="/nowhere") == SILENT
+
+
+@needs_bash
+def test_the_readmes_look_before_and_skip_do_as_they_say(machine):
+    machine.fill(2)
+    machine.configure(telemetry=None)
+    commands = re.findall(r"`(python3 secondme_sync.py --[a-z-]+[a-z ]*)`", README)
+    assert len(commands) == 4
+    for command in commands:
+        result = machine.shell("cd .claude/skills/secondme && " + command)
+        assert result.code == 0 and b"2 usage" in result.out + result.err
+
+
+def test_ci_runs_the_readmes_test_command_and_sees_that_it_came_to_its_end():
+    command, = [text.strip() for text in BLOCKS if "pytest" in text]
+    lines = [text for text in (ROOT / ".ci" / "run").read_text().splitlines() if text[:1] != "#"]
+    assert lines == ["set -eu -o pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "log=$(mktemp)",
+                     command + ' | tee "$log"', 'tail -n 1 "$log" | grep -q " passed"']
+
+
+def test_nothing_under_test_can_end_the_test_process():
+    with pytest.raises(AssertionError):
+        os._exit(0)
+
+
+def test_the_readmes_demo_delivers_and_says_so(home):
+    command = [text.split() for text in BLOCKS if "demo" in text][0]
+    result = wait(home.start([sys.executable] + command[1:], cwd=str(ROOT)))
+    assert (result.code, result.err) == (0, b"") and b"Nothing left this machine" in result.out
+
+
+@pytest.mark.parametrize("words, answers", [
+    (["503", "429", "ok"], ["503", "429", "200"]), (["drop", "200"], ["drop", "200"]), ([], ["200"])])
+def test_the_readmes_backend_answers_in_turn_and_prints_what_comes(home, words, answers):
+    command = [text.split() for text in BLOCKS if "fake_backend" in text][0]
+    assert command[1:4] == ["fixtures/fake_backend.py", "--port", "8787"]
+    process = home.start([sys.executable, "-u", command[1], "--port", "0"] + words, cwd=str(ROOT),
+                         stderr=subprocess.STDOUT)
+    url = process.stdout.readline().split()[1].decode()
+    home.configure(baseUrl=url)
+    home.log("usage", 1)
+    taken = wait(home.start([sys.executable, command[1], "--port", url.split(":")[2].split("/")[0]],
+                            cwd=str(ROOT)))
+    assert taken.code == 1 and b"cannot be had" in taken.err and b"Traceback" not in taken.err
+    for _ in words:
+        home.sync()
+    home.sync()
+    shown = [process.stdout.readline().decode() for _ in answers]
+    process.kill()
+    wait(process)
+    assert [text.split()[-1] for text in shown] == answers
+    assert "community mode, 1 events, deviceId: arch " in shown[0] and TOKEN not in "".join(shown)
+
+
+def test_readme_and_help_name_the_same_flags(home):
+    flag = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
+    settings = README[README.index("## Settings"):README.index("## Results")]
+    assert set(flag.findall(settings)) == set(flag.findall(home.run("--help").out.decode()))
+
+
+@pytest.mark.parametrize("pattern, holds", [
+    (r'environ(?:\.get\(|\[)"(\w+)"', {"SM_TEL", "DO_NOT_TRACK"}),
+    (r'"((?:ok|skipped|[a-z]+_failed|[a-z]+_error))"', {
+        "ok", "skipped", "auth_failed", "server_error", "network_error"}),
+    (r'"(config|credentials|\.device-id|\.sync-offsets)"', {
+        "config", "credentials", ".device-id", ".sync-offsets"})],
+    ids=["environment", "results", "files"])
+def test_the_readme_names_all_that_the_script_has(pattern, holds):
+    assert set(re.findall(pattern, SOURCE.decode("ascii"))) == holds
+    assert all(re.search(r"(?<![\w-])%s(?!\w)" % re.escape(name), README) for name in holds)
+
+
+@pytest.mark.parametrize("mode", sorted(BODIES))
+def test_the_readmes_table_of_fields_is_what_is_sent(mode):
+    rows = re.findall(r"^\| (`.*?`) \| .* \| (\w+) \| (\w+) \|$", README, re.M)
+    said = {name for found, community, anonymous in rows for name in re.findall(r"`(\w+)`", found)
+            if (community if mode == "community" else anonymous) == "sent"}
+    fields = {field for log in s.LOGS for field, _ in s.ALLOWED[mode, log]}
+    assert said == fields | {"type"} | ({"deviceId"} if mode == "community" else set())
+
+
+@pytest.mark.parametrize("number, pattern", [
+    (s.BATCH_EVENTS, r"up to (\d+) events"), (s.BATCH_EVENTS, r"one batch \((\d+) events\)"),
+    (s.RUN_SECONDS, r"in the foreground, (\d+) s at most"), (s.RUN_SECONDS, r"(\d+) if not given"),
+    (s.REQUEST_SECONDS, r"request takes at most (\d+)"), (s.REQUEST_SECONDS, r"(\d+) s a request"),
+    (s.RUN_SECONDS, r"(\d+) s a run"), (s.CONNECT_SECONDS, r"a connect (\d+) for each address"),
+    (s.MAX_DEPTH, r"nested at most (\d+) deep"), (s.LINE_BYTES >> 20, r"at most (\d+) MiB long"),
+    (s.FINGERPRINT_BYTES, r"first (\d+) bytes"), (s.RECORD_BYTES, r"The state is (\d+) bytes"),
+    (s.VERSION, r"secondme_sync/([\d.]+)"), (repr(sorted(s.RETRY_SECONDS))[1:-1].replace(
+        ", 504", " and 504"), r"one retry of ([\d, and]+\d)")], ids=str)
+def test_the_readmes_numbers_are_the_scripts(number, pattern):
+    assert re.findall(pattern, README) == [str(number)]
+
+
+def test_the_readme_is_short():
+    assert 80 <= len(README.splitlines()) <= 200
