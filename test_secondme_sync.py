@@ -30,9 +30,9 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "fixtures"))
 from fake_backend import DROP, OK, PATH, FakeBackend, answer  # noqa: E402
 from harness import (  # noqa: E402
-    BATCH, NOWHERE, ROOT, SCRIPT, SILENT, TOKEN, FakeClock, Hold, Home, Proxy, Result, addressed,
-    after, feedback, line, make_certificate, modes, names, play, pour, repeats, secondme_sync as s,
-    server_context, sessions, sizes, synced, then, until, usage, wait)
+    BATCH, CERTIFICATE, NOWHERE, ROOT, SCRIPT, SILENT, TOKEN, FakeClock, Hold, Home, Proxy, Result, addressed,
+    after, feedback, line, modes, names, play, pour, repeats, secondme_sync as s,
+    sessions, sizes, synced, then, tls_context, until, usage, wait)
 
 SOURCE = SCRIPT.read_bytes()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -1377,16 +1377,9 @@ def test_after_one_event_that_is_too_large_for_its_neighbours_batches_grow_again
     assert home.is_done() and len(accepted) < 20 and accepted[-2] == BATCH
 
 
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory):
-    """The path of a self-signed certificate, with its key, for 127.0.0.1."""
-    path = make_certificate(tmp_path_factory.mktemp("tls"))
-    return path or pytest.skip("no openssl here that makes a certificate")
-
-
 @pytest.fixture
-def tls_backend(certificate):
-    with FakeBackend(context=server_context(certificate)) as backend:
+def tls_backend():
+    with FakeBackend(context=tls_context()) as backend:
         yield backend
 
 
@@ -1406,25 +1399,21 @@ http.client.HTTPConnection.connect = narrow
     ([answer(401)], "auth_failed", 1), ([answer(403)], "server_error", 1),
     ([answer(413)], "ok", 3), ([answer(429, Retry_After=0)] * 2, "server_error", 2)],
     ids=["401", "403", "413", "429"])
-def test_an_answer_before_the_end_of_the_body_counts(home, request, tls, script, result, requests):
+def test_an_answer_before_the_end_of_the_body_counts(home, tls, script, result, requests):
     home.log("usage", *[usage(number, user_intent="x" * 5000) for number in range(90)])
-    environ = {}
-    if tls:
-        environ["SSL_CERT_FILE"] = request.getfixturevalue("certificate")
-    backend = FakeBackend(*script, context=server_context(environ["SSL_CERT_FILE"]) if tls else None)
-    backend.early_above = 300000
-    with backend:
+    with FakeBackend(*script, context=tls_context() if tls else None) as backend:
+        backend.early_above = 300000
         home.configure(baseUrl=backend.url)
-        assert home.run(shim=NARROW, **environ) == SILENT
+        assert home.run(shim=NARROW, SSL_CERT_FILE=CERTIFICATE) == SILENT
     assert (home.results()[2], len(backend.requests)) == (result, requests)
 
 
-def test_kept_tls_connections_closed_without_a_word_fail_no_batch(home, certificate):
+def test_kept_tls_connections_closed_without_a_word_fail_no_batch(home):
     sent = home.fill(4 * BATCH)
     script = [reply_and_close, reply_and_close_later, OK, DROP]
-    with FakeBackend(*script, context=server_context(certificate)) as backend:
+    with FakeBackend(*script, context=tls_context()) as backend:
         home.configure(baseUrl=backend.url)
-        assert home.run(SSL_CERT_FILE=certificate) == SILENT
+        assert home.run(SSL_CERT_FILE=CERTIFICATE) == SILENT
     assert sessions(backend) == sent + sent[3 * BATCH:] and home.is_done()
 
 
@@ -1446,10 +1435,10 @@ def test_a_refused_connection_is_a_network_error(home):
 @pytest.mark.parametrize("trust, host, result", [
     (False, "127.0.0.1", "network_error"), (True, "localhost", "network_error"),
     (True, "127.0.0.1", "ok")], ids=["self-signed", "of another host", "trusted"])
-def test_a_certificate_must_verify(home, tls_backend, certificate, trust, host, result):
+def test_a_certificate_must_verify(home, tls_backend, trust, host, result):
     sent = home.fill(BATCH + 1, 1)
     home.configure(baseUrl=tls_backend.url.replace("127.0.0.1", host))
-    assert home.run(**{"SSL_CERT_FILE": certificate} if trust else {}) == SILENT
+    assert home.run(**{"SSL_CERT_FILE": CERTIFICATE} if trust else {}) == SILENT
     assert home.results()[2] == result
     assert sessions(tls_backend) == (sent if result == "ok" else [])
 
@@ -1467,13 +1456,12 @@ def test_a_server_that_speaks_no_tls_is_a_network_error(home):
 @pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY"])
 @pytest.mark.parametrize("login, header", [
     ("", None), ("me:w%40rd@", b"Basic bWU6d0ByZA=="), ("me:a@:%25@", b"Basic bWU6YUA6JQ==")])
-def test_the_token_stays_in_the_tunnel_of_a_proxy(home, tls_backend, certificate, variable, login,
-                                                  header):
+def test_the_token_stays_in_the_tunnel_of_a_proxy(home, tls_backend, variable, login, header):
     sent = home.fill(BATCH + 1)
     home.configure(baseUrl=tls_backend.url)
     with Proxy() as proxy:
         environ = {"https_proxy": None, variable: proxy.url(login), "no_proxy": ""}
-        said = home.run("-v", SSL_CERT_FILE=certificate, **environ)
+        said = home.run("-v", SSL_CERT_FILE=CERTIFICATE, **environ)
     assert sessions(tls_backend) == sent and home.is_done()
     assert b"127.0.0.1:%d by 127.0.0.1" % tls_backend.port in said.err
     head, = proxy.heads
@@ -1488,13 +1476,13 @@ def test_the_token_stays_in_the_tunnel_of_a_proxy(home, tls_backend, certificate
 
 @pytest.mark.parametrize("no_proxy, used", [
     ("", 1), ("example.com", 1), ("127.0.0.1", 0), ("*", 0), ("example.com, 127.0.0.1", 0)])
-def test_a_proxy_without_a_scheme_is_used_and_no_proxy_honoured(home, tls_backend, certificate,
-                                                                no_proxy, used):
+def test_a_proxy_without_a_scheme_is_used_and_no_proxy_honoured(home, tls_backend, no_proxy,
+                                                                used):
     sent = home.fill(1)
     home.configure(baseUrl=tls_backend.url)
     with Proxy() as proxy:
         home.run(https_proxy=proxy.url().replace("http://", ""), no_proxy=no_proxy,
-                 SSL_CERT_FILE=certificate)
+                 SSL_CERT_FILE=CERTIFICATE)
         assert sessions(tls_backend) == sent and len(proxy.heads) == used
 
 
@@ -2188,7 +2176,7 @@ def test_a_stream_that_takes_nothing_is_no_fault(home, stream, flag, kind, unbuf
     with useless(kind) as end, FakeBackend() as backend:
         home.configure(baseUrl=backend.url)
         result = home.run(flag, options={stream: end}, PYTHONUNBUFFERED=unbuffered)
-    told = (result.err or b"").replace(b"\r\n", b"\n")
+    told = result.err or b""
     if flag == "--dry-run" and stream == "stdout":
         told = told[told.index(b"now:"):].partition(b"\n")[2]  # behind the report
     assert result.code == (flag == "--skip-pending") and told.count(b"\n") == result.code
