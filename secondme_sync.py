@@ -360,7 +360,7 @@ def deliver(logs, mode, device_id, post, save):
             for log in offsets:
                 log.offset = offsets[log]
             save()
-            limit = min(2 * limit, BATCH_EVENTS)
+            limit = min(limit + BATCH_EVENTS // 10, BATCH_EVENTS)
             if not payloads:
                 return "ok"
 
@@ -410,7 +410,8 @@ class Sender:
     def __init__(self, run):
         self.run, self.url, self.slowest = run, run.endpoint(), 0
         self.link = open_link(self.url)
-        self.peer = f"{self.url.netloc} by {self.link.host}"
+        by_proxy = "" if self.link.host.lower() == self.url.hostname else " by " + self.link.host
+        self.peer = self.url.netloc + by_proxy
         self.headers = {"Authorization": "Bearer " + run.token(),
                         "Content-Type": "application/json",
                         "User-Agent": "secondme_sync/" + VERSION}

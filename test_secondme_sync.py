@@ -9,7 +9,6 @@ a row's first column is its name there. Limits come from the script: s.BATCH_EVE
 """
 import ast
 import contextlib
-import email.utils
 import json
 import os
 import pathlib
@@ -30,13 +29,15 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "fixtures"))
 from fake_backend import DROP, OK, PATH, FakeBackend, answer  # noqa: E402
 from harness import (  # noqa: E402
-    BATCH, CERTIFICATE, NOWHERE, ROOT, SCRIPT, SILENT, TOKEN, FakeClock, Hold, Home, Proxy, Result, addressed,
-    after, feedback, line, modes, names, play, pour, repeats, secondme_sync as s,
-    sessions, sizes, synced, then, tls_context, until, usage, wait)
+    AS_NOBODY, AS_PASTED, BATCH, BREAKAGES, CERTIFICATE, LOCKED, NARROW, NOWHERE, NO_FORK, ROOT,
+    SCRIPT, SILENT, TELL, TOKEN, TROUBLE, Disk, FakeClock, Hold, Home, Proxy, Result, addressed,
+    after, break_file, default_signals, feedback, foreign, full_disk, half_a_header,
+    half_an_answer, http_date, limited, line, modes, names, no_http, open_to_all, play, posix,
+    pour, remove, repeats, reply_and_close, reply_and_close_later, sessions, sizes, spoil,
+    synced, then, tls_context, until, usage, useless, wait, secondme_sync as s)
 
 SOURCE = SCRIPT.read_bytes()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-posix = os.name == "posix"
 needs_signals = pytest.mark.skipif(not posix, reason="Windows has no signals to end a process by")
 needs_modes = pytest.mark.skipif(not posix, reason="Windows has no file modes")
 needs_limits = pytest.mark.skipif(not posix, reason="Windows has no limits for a process")
@@ -112,14 +113,6 @@ def test_a_missing_prerequisite_ends_the_run_without_a_trace(home, row, miss, re
         assert (home.snapshot(), backend.connections) == (before, 0)
 
 
-def test_with_all_prerequisites_one_request_is_made_in_silence(home):
-    sent = home.fill(1, 1)
-    with FakeBackend(OK, default=None) as backend:
-        home.configure(baseUrl=backend.url)
-        assert home.run() == SILENT
-    assert sessions(backend) == sent and home.is_done()
-
-
 @pytest.mark.parametrize("content", [
     '{"accessToken": ""}', '{"accessToken": null}', '{"accessToken": 7}', '{"accessToken": ["x"]}',
     '{"token": "x"}', '["accessToken"]', '"x"', '{"accessToken": "x"', "",
@@ -131,7 +124,7 @@ def test_credentials_without_a_usable_token_count_as_none(home, content):
     home.write("credentials", content)
     backend = synced(home)
     assert (backend.connections, home.offsets(), backend.said) == (0, None, ["not logged in"])
-    shown = home.run("--dry-run", "-v")
+    shown = home.main("--dry-run", "-v")
     assert b"LEAK" not in shown.out + shown.err
 
 
@@ -294,15 +287,6 @@ def test_the_fingerprint_covers_what_was_seen_and_no_more(home):
     assert sessions(synced(home)) == []
 
 
-def test_a_run_that_failed_at_once_has_all_keys_too(home):
-    home.fill(1)
-    synced(home, answer(500))
-    state = home.offsets()
-    assert (home.results(), state["resume"]["usage"]["bytes"]) == ((0, 0, "server_error"), 0)
-    assert set(state) == {"usage_bytes", "feedback_bytes", "last_sync_ts", "last_sync_result",
-                          "resume"}
-
-
 def test_the_longest_record_fits_its_sector(home):
     most = (1 << 63) - 1
     home.write(".sync-offsets", {
@@ -317,15 +301,6 @@ def test_the_longest_record_fits_its_sector(home):
     home.log("usage", 1)
     assert sessions(synced(home)) == ["s-1"]
     assert home.offsets()["resume"]["feedback"]["bytes"] == most
-
-
-def test_what_was_sent_is_not_sent_again(home):
-    home.log("usage", 1)
-    synced(home)
-    home.log("usage", 2)
-    home.log("feedback", 3)
-    assert sessions(synced(home)) == ["s-2", "f-3"]
-    assert synced(home).said == ["nothing is pending"]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -387,22 +362,6 @@ def test_a_resume_that_is_none_leaves_a_log_to_its_bytes_or_the_beginning(home, 
         nothing_new(home)
         home.write(".sync-offsets", dict(home.offsets(), resume=resume))
         assert sessions(synced(home)) == []
-
-
-def test_a_mark_that_does_not_fit_concerns_its_own_log_only(home):
-    home.fill(1, 1)
-    synced(home)
-    state = home.offsets()
-    state["resume"]["usage"]["fingerprint"] += 1
-    home.write(".sync-offsets", state)
-    assert sessions(synced(home)) == ["s-0"]
-
-
-def foreign(home, length):
-    """Make the state one of another program: indented, with keys of its own."""
-    state = dict(home.offsets(), more={"of": "another program"}, pad="")
-    state["pad"] = "x" * (length - len(json.dumps(state, indent=1)))
-    home.write(".sync-offsets", json.dumps(state, indent=1))
 
 
 STATES = [  # what is done to the state of two sent events; which of three are sent then
@@ -468,21 +427,6 @@ def test_the_mode_and_file_of_a_state_are_kept(home, mode):
     assert (now.st_mode & 0o777, now.st_ino, home.is_done()) == (mode, before.st_ino, True)
 
 
-AS_NOBODY = """
-import email.utils, encodings.idna, fcntl, http.client, json, os, urllib.parse, zlib
-source = open(sys.argv[0]).read()
-os.setgid(65534)
-os.setuid(65534)
-exec(source, {"__name__": "__main__"})
-"""
-
-
-def open_to_all(home):
-    """Let other users than root come as far as into the home."""
-    for path in [home.path] + list(home.path.parents)[:-2]:
-        path.chmod(0o755)
-
-
 @needs_root
 def test_a_run_as_root_between_two_of_a_users_changes_nothing_for_the_user(home):
     open_to_all(home)
@@ -496,47 +440,6 @@ def test_a_run_as_root_between_two_of_a_users_changes_nothing_for_the_user(home)
             assert home.results()[2] == "ok"
     assert sessions(backend) == names("s", 0, 1, 2) and home.is_done()
     assert (home.state.stat().st_uid, home.state.stat().st_mode & 0o777) == (65534, 0o600)
-
-
-def full_disk():
-    import resource
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-
-
-def make_directory(path):
-    path.mkdir()
-    (path / "file").write_text("x")
-
-
-BREAKAGES = {
-    "directory": make_directory,
-    "garbage": lambda path: path.write_bytes(bytes(range(256)) * 8),
-    "other type": lambda path: path.write_text('["community", 7]'),
-    "deep": lambda path: path.write_text("[" * 100000),
-    "empty": lambda path: path.write_text("")}
-if posix:
-    BREAKAGES.update({
-        "FIFO": lambda path: os.mkfifo(str(path)),
-        "device": lambda path: path.symlink_to("/dev/null"),
-        "link to itself": lambda path: path.symlink_to(path),
-        "dangling link": lambda path: path.symlink_to(path.parent / "nowhere" / "x")})
-
-
-def break_file(home, name, breakage):
-    """Put something broken in the place of a file; return its path."""
-    path = home.find(name)
-    if path.exists():
-        path.unlink()
-    BREAKAGES[breakage](path)
-    return path
-
-
-def remove(path):
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(str(path))
-    else:
-        path.unlink()
 
 
 @pytest.mark.parametrize("breakage", ["directory", "FIFO", "device", "link to itself", "dangling link"])
@@ -586,14 +489,6 @@ def test_in_a_folder_or_state_of_another_owner_nothing_is_sent_till_it_is_writab
     assert sessions(backend) == sent and home.is_done()
 
 
-LOCKED = """
-import %s as locks
-def fail(*args):
-    raise OSError(37, "no locks available")
-locks.%s = fail
-""" % (("fcntl", "flock") if posix else ("msvcrt", "locking"))
-
-
 @pytest.mark.skipif(not posix, reason="on Windows, a lock that fails is one that another has")
 def test_a_file_system_without_locks_syncs(home):
     sent = home.fill(1, 1)
@@ -619,7 +514,7 @@ def test_a_second_run_leaves_at_once_and_the_lock_dies_with_its_holder(home, hol
         holder = home.spawn()
         assert hold.arrived.wait(20)
         assert home.run() == SILENT and home.sync() == ["another run is at work"]
-        skip = home.run("--skip-pending")
+        skip = home.main("--skip-pending")
         assert (skip.code, skip.out, b"another run" in skip.err) == (1, b"", True)
         assert json.loads(home.run("--dry-run").out.decode())["events"][0]["session"] == "s-0"
         assert len(backend.requests) == 1
@@ -642,71 +537,6 @@ def test_a_reader_beside_a_run_finds_every_record_whole(home):
                                 if len(data.split()) > 1 else 0)
         assert wait(run) == SILENT and len(backend.requests) == 250
     assert len(set(seen)) > 5 and seen == sorted(seen) and home.is_done()
-
-
-class Disk:
-    """What a disk may hold of the state: writes not flushed in any combination, or no name yet."""
-
-    def __init__(self, monkeypatch, state):
-        self.state, self.flushed = state, state.read_bytes() if state.exists() else None
-        self.loose, self.named, self.crashes = [], state.exists(), []
-        real_open, real_fsync, disk = open, os.fsync, self
-
-        class Watched:
-            """The state's file, opened for writing; its changes are noted as they reach it."""
-
-            def __init__(self, descriptor, mode):
-                self.file, self.written = real_open(descriptor, mode), []
-
-            def __getattr__(self, name):
-                return getattr(self.file, name)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error):
-                self.file.close()
-
-            def write(self, data):
-                self.written.append((self.file.tell(), data))
-                return self.file.write(data)
-
-            def flush(self):
-                disk.loose += self.written
-                self.written = []
-                self.file.flush()
-
-            def truncate(self, size):
-                if size < os.fstat(self.file.fileno()).st_size:
-                    disk.loose.append((size, None))
-                return self.file.truncate(size)
-
-        def fsync(descriptor):
-            if os.path.isdir("/proc/self/fd/%d" % descriptor):
-                self.named = True
-            else:
-                self.flushed, self.loose = state.read_bytes(), []
-            real_fsync(descriptor)
-
-        def open_watched(file, mode):
-            return Watched(file, mode) if isinstance(file, int) else real_open(file, mode)
-
-        monkeypatch.setattr(s, "open", open_watched, raising=False)
-        monkeypatch.setattr(os, "fsync", fsync)
-
-    def crash(self):
-        """Note what could be found if the power went now."""
-        contents = set() if self.named else {None}
-        for kept in range(1 << len(self.loose[-4:])):
-            data = bytearray(self.flushed or b"")
-            for number, (offset, change) in enumerate(self.loose[-4:]):
-                if kept >> number & 1 and change is None:
-                    del data[offset:]
-                elif kept >> number & 1:
-                    data[len(data):] = bytes(max(0, offset - len(data)))
-                    data[offset:offset + len(change)] = change
-            contents.add(bytes(data))
-        self.crashes.append(contents)
 
 
 POWER_CUTS = [  # earlier runs, state before, answers
@@ -750,14 +580,6 @@ def test_after_a_power_cut_nothing_is_lost_and_nothing_of_earlier_runs_repeated(
 
 # Read: the logs, their lines, and logs that change under an offset.
 
-def test_usage_goes_before_feedback_each_in_the_order_of_its_log(home):
-    home.log("feedback", 1, 2)
-    home.log("usage", 2, 1)
-    events = synced(home).events()
-    assert [(event["type"], event["session"]) for event in events] == [
-        ("usage", "s-2"), ("usage", "s-1"), ("feedback", "f-1"), ("feedback", "f-2")]
-
-
 @pytest.mark.parametrize("name, make", [("usage", usage), ("feedback", feedback)])
 @pytest.mark.parametrize("cut", [1, 40, -60, -2, -1])
 def test_a_torn_line_waits_for_its_rest(home, name, make, cut):
@@ -800,7 +622,7 @@ EDITS = [  # what is done to a log of which 0..4 were sent; which of 0..4 and 9 
 def test_an_edited_log_is_known_by_its_first_256_bytes(home, name, edit, sent, noticed, skipped):
     home.log("usage", *range(5))
     if skipped:
-        assert home.run("--skip-pending").code == 0
+        assert home.main("--skip-pending").code == 0
     else:
         synced(home)
     path = home.find("usage.jsonl")
@@ -840,7 +662,7 @@ def test_what_is_appended_during_a_run_is_sent_once(home, name):
 def test_a_log_that_is_missing_for_a_while_keeps_its_place(home, skip):
     home.fill(3)
     if skip:
-        home.run("--skip-pending")
+        home.main("--skip-pending")
     else:
         synced(home)
     log = home.find("usage.jsonl")
@@ -858,7 +680,7 @@ def test_an_end_that_was_not_recorded_is_recorded_without_a_request(home, stale)
     synced(home)
     home.write(".sync-offsets", dict(
         home.offsets(), usage_bytes=stale, last_sync_result="network_error"))
-    assert home.run("--pending").out == b"yes\n"
+    assert home.main("--pending").out == b"yes\n"
     assert synced(home).requests == [] and home.is_done()
 
 
@@ -921,17 +743,6 @@ def test_a_line_is_passed_over_or_sent_and_never_costs_its_neighbours(home, name
     assert home.is_done() and backend.bodies()
 
 
-@pytest.mark.parametrize("make", [usage, feedback])
-def test_all_bad_lines_together_stop_nothing(home, make):
-    name = make.__name__
-    for number, (_, text, arrives) in enumerate(LINES):
-        home.log(name, number)
-        home.append(name, text + b"\n" if arrives is None else b"\n")
-    backend = synced(home)
-    assert sessions(backend) == [make(number)["session"] for number in range(len(LINES))]
-    assert home.is_done()
-
-
 @pytest.mark.parametrize("text", [text for name, text, arrives in LINES if name in (
     "NaN", "NUL bytes", "longer than 1 MiB", "half an object")], ids=len)
 def test_a_bad_last_line_without_newline_keeps_nothing_back(home, text):
@@ -978,7 +789,7 @@ def test_a_broken_folder_is_no_visible_error(home, name, breakage):
     path = {".secondme": home.dir, "analytics": home.analytics}[name]
     shutil.rmtree(str(path))
     BREAKAGES[breakage](path)
-    assert home.run() == SILENT
+    assert home.sync()[0].startswith(("telemetry is off", "nothing is pending"))
 
 
 # Shape: the payload of each log and mode, field for field; batches.
@@ -1134,7 +945,7 @@ HISTORIES = [  # steps after 3 usage events and a feedback were logged; the bodi
     ("after a good anonymous run all goes in full", [run_in("anonymous"), log_more,
                                                      run_in("community")], [("community", 4)]),
     ("never seen in anonymous mode", [run_in("off"), run_in("community")], [("community", 4)]),
-    ("skipped", [run_in("anonymous", answer(500)), lambda home: home.run("--skip-pending"), log_more,
+    ("skipped", [run_in("anonymous", answer(500)), lambda home: home.main("--skip-pending"), log_more,
                  run_in("community")], [("community", 4)]),
     ("a log begun again", [run_in("anonymous", answer(500)), lambda home: home.restart(
         "usage", 90, 91), run_in("community")], [("community", 2), ("anonymous", 1)]),
@@ -1151,7 +962,7 @@ def test_what_was_pending_in_anonymous_mode_stays_anonymous(home, name, steps, e
     for step in steps[:-1]:
         step(home)
     before = home.snapshot()
-    shown = home.run("--dry-run", "community").out.splitlines()
+    shown = home.main("--dry-run", "community").out.splitlines()
     assert home.snapshot() == before
     with FakeBackend() as backend:
         home.configure(telemetry="community", baseUrl=backend.url)
@@ -1174,40 +985,7 @@ def test_an_event_begun_in_anonymous_mode_stays_so_when_its_rest_comes(home):
     assert run_in("community")(home) == [("anonymous", 1), ("community", 1)]
 
 
-def test_nothing_is_written_while_off(home):
-    home.fill(3)
-    home.configure(telemetry="off")
-    before = home.snapshot()
-    home.sync()
-    assert home.snapshot() == before
-
-
 # Send: what is posted, and what becomes of an answer.
-
-def half_an_answer(handler):
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{\"code\"")
-
-
-def no_http(handler):
-    handler.wfile.write(b"220 mail.example.test ESMTP\r\n")
-
-
-def half_a_header(handler):
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Le")
-
-
-def reply_and_close(handler):
-    handler.reply(*OK)
-
-
-def reply_and_close_later(handler):
-    handler.reply(*OK)
-    time.sleep(0.01)
-
-
-def http_date(seconds):
-    return email.utils.formatdate(1767225600 + seconds, usegmt=True)
-
 
 NOT_UPDATED, UPDATED, SILENT_EXIT = "not updated", "updated", "no state"
 SCENARIOS = [  # row, change, answers; then batches sent, waits, result, offsets; of BATCH + 1 events
@@ -1344,8 +1122,8 @@ def test_a_request_has_token_type_and_user_agent(home):
 
 
 TOO_LARGE = [  # events, answers; the sizes of the bodies, the result, what the next run sends
-    (104, [answer(413)] * 2, [BATCH, BATCH // 2, BATCH // 4, BATCH // 2, 104 - 3 * BATCH // 4],
-     "ok", 0),
+    (BATCH + 4, [answer(413)] * 2, [BATCH, BATCH // 2, BATCH // 4, BATCH // 4 + BATCH // 10,
+                                    BATCH + 4 - 2 * (BATCH // 4) - BATCH // 10], "ok", 0),
     (3, [answer(413), OK, answer(413), answer(413)], [3, 1, 2, 1], "server_error", 2),
     (1, [answer(413)], [1], "server_error", 1),
     (3, [answer(413), answer(503), answer(413), OK], [3, 1, 1], "server_error", 3)]
@@ -1359,38 +1137,18 @@ def test_413_for_several_events_halves_them_and_goes_on(home, count, script, exp
     assert home.results()[2] == result and sessions(synced(home)) == sent[count - left:]
 
 
-def limited(limit):
-    """Return an answer: 413 to a body of more than limit bytes."""
-    def answering(handler):
-        handler.close_connection = False
-        large = len(handler.server.requests[-1].body) > limit
-        handler.reply(*(answer(413) if large else OK))
-    return answering
-
-
 def test_after_one_event_that_is_too_large_for_its_neighbours_batches_grow_again(home):
     home.log("usage", *range(200))
     home.log("usage", usage(200, user_intent="x" * 90000))
-    home.log("usage", *range(201, 500))
+    home.log("usage", *range(201, 1100))
     backend = synced(home, *[limited(100000)] * 60)
-    accepted = [number for number in sizes(backend)]
-    assert home.is_done() and len(accepted) < 20 and accepted[-2] == BATCH
+    assert home.is_done() and len(backend.requests) < 40 and sizes(backend)[-2] == BATCH
 
 
 @pytest.fixture
 def tls_backend():
     with FakeBackend(context=tls_context()) as backend:
         yield backend
-
-
-NARROW = """
-import http.client, socket
-connect = http.client.HTTPConnection.connect
-def narrow(self):
-    connect(self)
-    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-http.client.HTTPConnection.connect = narrow
-"""
 
 
 @pytest.mark.skipif(not posix, reason="Windows drops what was received before a reset")
@@ -1425,13 +1183,6 @@ def test_a_kept_connection_that_times_out_is_not_asked_again(home, hold, monkeyp
     assert sessions(synced(home)) == names("s", BATCH) and home.is_done()
 
 
-def test_a_refused_connection_is_a_network_error(home):
-    home.fill(1)
-    assert home.sync() == ["network_error, no answer (ConnectionRefusedError) from 127.0.0.1:9 by "
-                           "127.0.0.1"] or not posix
-    assert home.results() == (0, 0, "network_error")
-
-
 @pytest.mark.parametrize("trust, host, result", [
     (False, "127.0.0.1", "network_error"), (True, "localhost", "network_error"),
     (True, "127.0.0.1", "ok")], ids=["self-signed", "of another host", "trusted"])
@@ -1443,14 +1194,6 @@ def test_a_certificate_must_verify(home, tls_backend, trust, host, result):
     assert sessions(tls_backend) == (sent if result == "ok" else [])
 
 
-def test_a_server_that_speaks_no_tls_is_a_network_error(home):
-    home.fill(1)
-    with FakeBackend(default=None) as backend:
-        home.configure(baseUrl="https://127.0.0.1:%d" % backend.port)
-        home.sync()
-        assert (backend.connections, home.results()[2]) == (1, "network_error")
-
-
 # Proxies, and where the token must not go.
 
 @pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY"])
@@ -1460,10 +1203,11 @@ def test_the_token_stays_in_the_tunnel_of_a_proxy(home, tls_backend, variable, l
     sent = home.fill(BATCH + 1)
     home.configure(baseUrl=tls_backend.url)
     with Proxy() as proxy:
-        environ = {"https_proxy": None, variable: proxy.url(login), "no_proxy": ""}
+        url = proxy.url(login).replace("127.0.0.1", "localhost")
+        environ = {"https_proxy": None, variable: url, "no_proxy": ""}
         said = home.run("-v", SSL_CERT_FILE=CERTIFICATE, **environ)
     assert sessions(tls_backend) == sent and home.is_done()
-    assert b"127.0.0.1:%d by 127.0.0.1" % tls_backend.port in said.err
+    assert b"to 127.0.0.1:%d by localhost: HTTP 200" % tls_backend.port in said.err
     head, = proxy.heads
     assert head.startswith(b"CONNECT 127.0.0.1:%d HTTP/1." % tls_backend.port)
     assert (b"Proxy-Authorization: %s\r\n" % (header or b"") in head) == (header is not None)
@@ -1586,14 +1330,19 @@ SLOW = {
     "100 for ever": (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.001), "nothing": (b"", b"", 1)}
 
 
-@pytest.mark.parametrize("name", sorted(SLOW))
-def test_a_server_that_drips_is_left_in_time(home, name):
-    sent = home.fill(BATCH + 1)
-    with FakeBackend(OK, pour(*SLOW[name])) as backend:
-        home.configure(baseUrl=backend.url)
-        assert home.run("-v", "--max-time", "0.4").err.endswith(b"secondme_sync: time is up\n")
-        assert home.results() == (0, 0, "network_error")
-    assert sessions(synced(home)) == sent[BATCH:] and home.is_done()
+def test_servers_that_drip_are_left_in_time(tmp_path):
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for number, drip in enumerate(SLOW.values()):
+            backend = stack.enter_context(FakeBackend(OK, pour(*drip)))
+            home = Home(tmp_path / str(number), backend.url)
+            sent = home.fill(BATCH + 1)
+            runs.append((home, home.spawn("-v", "--max-time", "2")))
+        for home, run in runs:
+            assert wait(run).err.endswith(b"HTTP 200, ok\nsecondme_sync: time is up\n")
+            assert home.results() == (0, 0, "network_error")
+    for home, run in runs:
+        assert sessions(synced(home)) == sent[BATCH:] and home.is_done()
 
 
 ENDLESS = {
@@ -1640,26 +1389,27 @@ def test_a_long_run_is_not_ended_between_its_requests(home):
     assert sessions(backend) == sent[:BATCH] + sent and home.is_done()
 
 
-HANGS = {
+HANGS = {  # before the first request
     "names": "import socket\nsocket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)",
     "proxies": "import urllib.request\nurllib.request.proxy_bypass = lambda host: time.sleep(60)",
-    "getting proxies": "import urllib.request\nurllib.request.getproxies = lambda: time.sleep(60)"}
+    "getting proxies": "import urllib.request\nurllib.request.getproxies = lambda: time.sleep(60)",
+    "lines": ""}
 
 
-@pytest.mark.parametrize("name", sorted(HANGS))
-def test_what_hangs_before_the_first_request_is_left_in_time(home, name):
-    sent = home.fill(1)
-    home.configure(baseUrl="https://127.0.0.1:9")
-    said = home.run("-v", "--max-time", "0.4", shim="import time\n" + HANGS[name], no_proxy="")
-    assert said == Result(0, b"", b"secondme_sync: time is up\n")
-    assert home.results() == (0, 0, "network_error")
-    assert sessions(synced(home)) == sent and home.is_done()
-
-
-def test_millions_of_broken_lines_take_the_time_of_the_run_and_no_more(home):
-    home.append("usage", b"x\n" * 3000000)
-    assert home.run("-v", "--max-time", "0.4").err == b"secondme_sync: time is up\n"
-    assert home.results() == (0, 0, "network_error")
+def test_what_hangs_before_the_first_request_is_left_in_time(tmp_path):
+    runs = []
+    for name, shim in HANGS.items():
+        home = Home(tmp_path / name, "https://127.0.0.1:9")
+        if name != "lines":
+            sent = home.fill(1)
+        else:
+            home.append("usage", b"x\n" * 3000000)
+        runs.append((home, home.spawn("-v", "--max-time", "0.9", shim="import time\n" + shim,
+                                      no_proxy="")))
+    for home, run in runs:
+        assert wait(run) == Result(0, b"", b"secondme_sync: time is up\n")
+        assert home.results() == (0, 0, "network_error")
+    assert sessions(synced(runs[0][0])) == sent and home.is_done() is False
 
 
 def test_a_dead_address_of_a_host_costs_4_seconds_not_the_run(home, monkeypatch):
@@ -1697,7 +1447,7 @@ def test_runs_killed_at_random_moments_lose_nothing(home):
     sent, kills = home.fill(10 * BATCH, 250), 0
     with FakeBackend(*[after(0.01)] * 2000) as backend:
         home.configure(baseUrl=backend.url)
-        for _ in range(15):
+        for _ in range(12):
             run = home.spawn()
             time.sleep(chance.uniform(0.02, 0.25))
             run.kill()
@@ -1726,23 +1476,7 @@ def test_a_run_killed_at_an_answer_repeats_that_batch_alone(home, answered):
     assert repeats(sessions(backend)) in ((0, BATCH) if answered else (BATCH,))
 
 
-TROUBLE = """
-import builtins, os, signal
-owner, name = {call!r}.split(".")
-owner = __import__(owner)
-real, calls = getattr(owner, name), []
-def troubled(*args, **kwargs):
-    if not str(args[0] if args else "").endswith(".py"):
-        calls.append(args)
-        if len(calls) == {nth} or {always} and len(calls) > {nth}:
-            if {how!r} == "fail":
-                raise OSError(28, "trouble")
-            {how!r} == "kill after" and real(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-setattr(owner, name, troubled)
-"""
-CALLS = ["os.open", "os.fsync", "os.close", "builtins.open", "fcntl.flock", "os.stat"]
+CALLS = ["os.open", "os.fsync", "builtins.open", "fcntl.flock"]
 
 
 @needs_signals
@@ -1752,7 +1486,7 @@ def test_a_call_that_fails_or_is_the_last_loses_nothing(home, call, how):
     sent = home.fill(BATCH + 20, 90)
     with FakeBackend() as backend:
         home.configure(baseUrl=backend.url)
-        for nth in (1, 2, 3):
+        for nth in (1, 2):
             result = home.run(shim=TROUBLE.format(call=call, nth=nth, how=how, always=False))
             assert result == SILENT or how != "fail" and result == (-signal.SIGKILL, b"", b"")
             assert home.offsets() is None or isinstance(home.offsets(), dict)
@@ -1760,19 +1494,7 @@ def test_a_call_that_fails_or_is_the_last_loses_nothing(home, call, how):
         home.log("usage", 7000)
         assert home.run() == SILENT
     assert set(sessions(backend)) == set(sent) | {"s-7000"} and home.is_done()
-    assert repeats(sessions(backend)) <= 3 * BATCH
-
-
-@needs_signals
-@pytest.mark.parametrize("call", ["os.open", "os.fsync", "builtins.open"])
-def test_where_a_call_always_fails_nothing_is_sent_or_all_is_sent_once(home, call):
-    sent = home.fill(2, 1)
-    with FakeBackend() as backend:
-        home.configure(baseUrl=backend.url)
-        for _ in range(2):
-            assert home.run(shim=TROUBLE.format(call=call, nth=1, how="fail", always=True)) == SILENT
-        assert backend.requests == [] and home.run() == SILENT
-    assert sessions(backend) == sent and home.is_done()
+    assert repeats(sessions(backend)) <= 2 * BATCH
 
 
 WITHDRAWALS = {
@@ -1830,7 +1552,7 @@ def test_a_dry_run_prints_the_bodies_of_the_next_run_byte_for_byte(home):
     home.append("feedback", b'{"comment": "\\ud83d \xff \\u2028"}\nno event\n{"torn')
     synced(home, OK, answer(500))
     before = home.snapshot()
-    printed = home.run("--dry-run").out.split(b"\n")
+    printed = home.main("--dry-run").out.split(b"\n")
     assert home.snapshot() == before
     backend = synced(home)
     assert [request.body for request in backend.requests] + [b""] == printed
@@ -1846,7 +1568,7 @@ def test_a_dry_run_prints_what_a_sync_would_send_or_why_nothing(home, change, en
     home.fill(3, 2)
     if change:
         change(home)
-    result = home.run("--dry-run", **environ)
+    result = home.main("--dry-run", **environ)
     assert (result.code, said in result.err.decode()) == (0, True)
     assert result.err.count(b"secondme_sync: ") == 7 and len(result.out.splitlines()) == (
         said == "now:       a sync would send")
@@ -1863,7 +1585,7 @@ def test_a_person_can_look_before_agreeing(home, change, mode):
         change(home)
     before = home.snapshot()
     environ = {"SM_TEL": "off"} if change == "SM_TEL" else {}
-    result = home.run("--dry-run", mode, **environ)
+    result = home.main("--dry-run", mode, **environ)
     assert json.loads(result.out.decode("utf-8")) == BODIES[mode]
     now = b"a sync would send\n" if change is None else b"a sync would send nothing: "
     assert now in result.err and home.snapshot() == before
@@ -1910,7 +1632,7 @@ STATUS = [  # what is so; what --status says of it
     (lambda home: [run_in("anonymous", answer(503), answer(503))(home), log_more(home),
                    home.configure(telemetry="community", baseUrl=NOWHERE)], {},
      ["5 usage, 2 feedback events, 3 of them as anonymous", "last sync: server_error 20"]),
-    (lambda home: home.run("--skip-pending"), {}, [
+    (lambda home: home.main("--skip-pending"), {}, [
         "0 usage, 0 feedback", "last sync: skipped 20", "nothing: nothing is pending"]),
     (lambda home: synced(home), {}, ["0 usage, 0 feedback", "last sync: ok 20"]),
     (lambda home: shutil.rmtree(str(home.dir)), {}, [
@@ -1925,7 +1647,7 @@ def test_status_tells_how_things_stand_and_why(home, change, environ, said):
     if change:
         change(home)
     before = home.snapshot()
-    result = home.run("--status", **environ)
+    result = home.main("--status", **environ)
     text = result.out.decode("ascii").replace("\r\n", "\n")
     assert (result.code, result.err, home.snapshot()) == (0, b"", before)
     assert [part for part in ["directory: %s\n" % home.dir] + said if part not in text] == []
@@ -1966,8 +1688,9 @@ def test_pending_is_yes_or_no(home, name, change, environ, expected, why):
     if change:
         change(home)
     before = home.snapshot()
-    assert home.run("--pending", **environ) == Result(0, expected.encode() + b"\n", b"")
-    said = home.run("--pending", "-v", **environ)
+    run = home.run if name in ("nothing was sent yet", "all is sent") else home.main
+    assert run("--pending", **environ) == Result(0, expected.encode() + b"\n", b"")
+    said = home.main("--pending", "-v", **environ)
     assert (said.out, why in said.err.decode()) == (expected.encode() + b"\n", True)
     assert home.snapshot() == before
 
@@ -1980,7 +1703,7 @@ def test_skip_pending_keeps_what_was_logged_local_for_ever(tmp_path, mode, token
     torn = line(usage(7))
     home.append("usage", torn[:40])
     before = home.snapshot()
-    result = home.run("--skip-pending")
+    result = home.main("--skip-pending")
     assert (result.code, result.err, b"2 usage, 1 feedback events" in result.out) == (0, b"", True)
     assert home.changed(before) == {".sync-offsets"}
     home.configure(telemetry="community")
@@ -1989,7 +1712,7 @@ def test_skip_pending_keeps_what_was_logged_local_for_ever(tmp_path, mode, token
     home.append("usage", torn[40:])
     home.log("feedback", 5)
     assert sessions(synced(home)) == ["s-7", "f-5"] and home.is_done()
-    assert b"0 usage, 0 feedback" in home.run("--skip-pending").out
+    assert b"0 usage, 0 feedback" in home.main("--skip-pending").out
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -1998,7 +1721,7 @@ def test_skip_pending_keeps_what_was_logged_local_for_ever(tmp_path, mode, token
 def test_skip_pending_that_fails_says_why(home, change, reason):
     home.fill(1)
     change(home)
-    result = home.run("--skip-pending")
+    result = home.main("--skip-pending")
     assert (result.code, result.out, result.err.count(b"\n")) == (1, b"", 1)
     assert reason in result.err.decode() and b"secondme_sync: stopped: " in result.err
 
@@ -2014,13 +1737,13 @@ def test_another_directory_is_given_with_dir(home):
 
 
 VERBOSE = [  # answers, what -v says
-    ([OK], [r"\d+ bytes to 127.0.0.1:\d+ by 127.0.0.1: HTTP 200, ok"]),
+    ([OK], [r"\d+ bytes to 127.0.0.1:\d+: HTTP 200, ok"]),
     ([answer(429, Retry_After=0), answer(401)], [
         "HTTP 429, server_error", "retry in 0 s", "HTTP 401, auth_failed"]),
     ([answer(200, {"code": 1001})], ["HTTP 200 with code 1001, server_error"]),
     ([answer(200, {"code": "0"})], ["HTTP 200, server_error"]),
     ([answer(200, b"<html>")], ["HTTP 200, network_error"]),
-    ([DROP], [r"stopped: network_error, no answer \(RemoteDisconnected\) from 127.0.0.1:\d+ by"]),
+    ([DROP], [r"stopped: network_error, no answer \(RemoteDisconnected\) from 127.0.0.1:\d+$"]),
     ([no_http], [r"stopped: network_error, no answer \(BadStatusLine\) from 127.0.0.1"])]
 
 
@@ -2053,18 +1776,12 @@ def test_version_and_help_are_printed(home):
 def test_misuse_exits_with_2_and_does_nothing(home, flags):
     home.fill(1)
     before = home.snapshot()
-    result = home.run(*flags)
+    result = home.main(*flags)
     assert (result.code, result.out, home.snapshot()) == (2, b"", before)
     assert b"usage: " in result.err and b"Traceback" not in result.err
 
 
 # In the background.
-
-AS_PASTED = """
-source = open(sys.argv[0], encoding="ascii").read()
-exec(compile(source, "<stdin>", "exec"), {"__name__": "__main__"})
-"""
-
 
 @pytest.mark.parametrize("shim", ["", AS_PASTED], ids=["file", "pasted"])
 def test_background_returns_before_the_server_answers_and_delivers_later(home, shim):
@@ -2081,18 +1798,6 @@ def test_background_returns_before_the_server_answers_and_delivers_later(home, s
     assert sessions(backend) == sent
 
 
-TELL = """
-import os
-def tell(command):
-    streams = [(os.fstat(number).st_rdev == os.stat(os.devnull).st_rdev,
-                os.get_inheritable(number)) for number in range(3)]
-    with open("told", "w") as file:
-        file.write(repr((command, os.getsid(0) == os.getpid(), os.getcwd(), streams)))
-    os.rename("told", "all told")
-os.execv = lambda path, command: (tell(command), os._exit(0))
-"""
-
-
 @needs_fork
 def test_background_is_a_new_interpreter_of_its_own_session_and_streams(home):
     home.fill(1)
@@ -2106,13 +1811,6 @@ def test_background_is_a_new_interpreter_of_its_own_session_and_streams(home):
     assert streams == [(True, True)] * 3
 
 
-NO_FORK = """
-import os
-os.fork = lambda: os.write(1, ",".join(sorted(set(sys.modules).intersection(
-    ("socket", "ssl", "threading", "urllib.request", "subprocess")))).encode() + b"forked")
-"""
-
-
 @needs_fork
 @pytest.mark.parametrize("shim", ["", AS_PASTED], ids=["file", "pasted"])
 @pytest.mark.parametrize("change, expected", [
@@ -2123,14 +1821,6 @@ def test_background_makes_a_process_only_where_there_is_something_to_do(home, sh
         change(home)
     # and nothing that it imports could have started threads or looked up names by then
     assert home.run("--background", shim=NO_FORK + shim) == Result(0, expected, b"")
-
-
-def test_background_has_what_may_take_long_behind_it(home):
-    home.append("usage", b"x\n" * 3000000)
-    begun = time.monotonic()
-    assert home.run("--background", "--max-time", "0.1") == SILENT
-    until(lambda: home.offsets() is not None)
-    assert time.monotonic() - begun < 20
 
 
 # Streams, locale, warnings, signals.
@@ -2147,27 +1837,13 @@ def test_closed_streams_are_no_fault(home, closed, flags):
         command = ["sh", "-c", 'exec "$0" "$@" ' + closed, sys.executable, str(SCRIPT)]
         result = wait(home.start(command + flags.split()))
         assert result.code == 0 and b"Traceback" not in result.err
-        assert home.run() == SILENT
+        home.sync()
         until(lambda: home.offsets() and home.is_done())
     assert sessions(backend) == sent
 
 
-@contextlib.contextmanager
-def useless(kind):
-    """Yield the descriptor of a stream that takes nothing."""
-    if kind == "closed pipe":
-        begin, end = os.pipe()
-        os.close(begin)
-    elif os.path.exists("/dev/full"):
-        end = os.open("/dev/full", os.O_WRONLY)
-    else:
-        pytest.skip("no /dev/full here")
-    yield end
-    os.close(end)
-
-
-@pytest.mark.parametrize("kind", ["closed pipe", "full disk"])
-@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["", "unbuffered"])
+@pytest.mark.parametrize("kind, unbuffered", [
+    ("closed pipe", ""), ("closed pipe", "1"), ("full disk", "")])
 @pytest.mark.parametrize("stream, flag", [
     ("stderr", "-v"), ("stderr", "--dry-run"), ("stdout", "--dry-run"), ("stdout", "--status"),
     ("stdout", "--pending"), ("stdout", "--skip-pending")])
@@ -2215,11 +1891,6 @@ def test_python_at_its_strictest_warns_of_nothing(home, reply):
             result = wait(home.start(command + flags, {"PYTHONWARNDEFAULTENCODING": "1"}))
             assert (result.code, result.err) == (0, b"")
     assert set(sessions(backend)) == set(sent) and home.is_done()
-
-
-def default_signals():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)  # a CI may have had them ignored
 
 
 @needs_signals
@@ -2333,17 +2004,6 @@ def test_the_file_can_be_read_in_one_sitting():
 
 # Fuzz and model, seeded.
 
-def spoil(chance, data):
-    """Change, drop and add some bytes of data, never a newline."""
-    data = bytearray(data)
-    for _ in range(chance.randrange(1, 6)):
-        place = chance.randrange(len(data) + 1)
-        junk = bytes(chance.choice(b'\0\t "\\{}[]:,0-9eEuNI\x7f\x80\xc3\xed\xff')
-                     for _ in range(chance.randrange(4)))
-        data[place:place + chance.randrange(4)] = junk
-    return bytes(data)
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_spoiled_lines_never_cost_their_neighbours(home, seed):
     chance = random.Random(seed)
@@ -2369,7 +2029,7 @@ def test_a_spoiled_file_is_no_visible_error(home, name, seed):
     assert all(TOKEN.encode() not in request.body for request in backend.requests)
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("SECONDME_MODEL_RUNS", 12))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SECONDME_MODEL_RUNS", 8))))
 def test_whatever_happens_all_that_was_written_arrives(home, seed):
     play(seed, home)
 
