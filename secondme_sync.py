@@ -435,8 +435,7 @@ class Sender:
 
     def has_time(self, delay=0):
         """Tell if a request after a delay would end in time, judged by the slowest so far."""
-        needed = delay + min(2 * self.slowest, REQUEST_SECONDS)
-        return needed < self.run.deadline - self.run.clock()
+        return delay + min(2 * self.slowest, REQUEST_SECONDS) < self.run.deadline - self.run.clock()
 
     def attempt(self, body):
         """Return (status, Retry-After, body) of the answer to a request; Stop if none comes."""
