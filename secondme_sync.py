@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Upload pending SecondMe telemetry: one file, standard library only, Python 3.6 or newer.
 
   gate    consent (config, SM_TEL, DO_NOT_TRACK), then the access token
   read    the events in the logs beyond those already accepted
   shape   each to the fields that its mode allows, 100 in a body
   send    by POST to {baseUrl}/api/secondme/telemetry/events/batch
-  record  after each accepted body, how far the logs are done
+  record  before the first body and after each, how far the logs are done
 
 A run ends, silently, at the first step that says no. Under ~/.secondme it writes nothing but
 analytics/.sync-offsets. Contract: references/telemetry-sync.md of mindverse/second-me-skills.
@@ -15,13 +14,13 @@ import sys
 
 if __name__ == "__main__":
     sys.excepthook = lambda *error: os._exit(0)  # silent, even if Ctrl-C comes while it imports
-    if not sys.path[0]:
-        del sys.path[0]  # pasted: import nothing from the working directory
+    sys.path = [path for path in sys.path if path]  # pasted: nothing from the working directory
 
+import codecs
 import json
 import time
 import zlib
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 VERSION = "1.1.0"
 BASE_URL = "https://app.mindos.com/gate/lab"
@@ -34,178 +33,30 @@ MAX_DEPTH = 64  # of nesting in an event
 FINGERPRINT_BYTES = 256  # at the beginning of a log, to know it again
 RECORD_BYTES = 512  # of the state: a sector, which a disk writes whole or not at all
 CONNECT_SECONDS = 4  # for each address of a host
-REQUEST_SECONDS = 10  # for a request; also the longest Retry-After
-RUN_SECONDS = 30  # for a run; see --max-time
+REQUEST_SECONDS = 10  # also the longest wait that a Retry-After gets
+RUN_SECONDS = 30  # see --max-time
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # before the one retry
 
+BOTH = ("skill", "ts", "version", "os", "arch", "outcome", "phases_used")
 ANONYMOUS = {  # the fields of each log that anonymous mode sends
-    "usage": ["skill", "ts", "version", "os", "arch", "event", "duration_s", "outcome",
-              "error_class", "phases_used"],
-    "feedback": ["skill", "ts", "version", "os", "arch", "outcome", "phases_used",
-                 "references_loaded", "rating", "issues"]}
+    "usage": BOTH + ("event", "duration_s", "error_class"),
+    "feedback": BOTH + ("references_loaded", "rating", "issues")}
 COMMUNITY = {  # those that community mode adds
-    "usage": ["session", "error_message", "user_intent"],
-    "feedback": ["session", "actions_summary", "error_summary", "comment", "user_intent"]}
-DEFAULTS = {  # of fields that an event lacks; null and other missing ones are not sent
+    "usage": ("session", "user_intent", "error_message"),
+    "feedback": ("session", "user_intent", "actions_summary", "error_summary", "comment")}
+DEFAULTS = {  # of fields that an event lacks; null, and others that it lacks, are not sent
     "skill": "secondme", "ts": "", "phases_used": [], "references_loaded": [], "issues": []}
-LOGS = list(ANONYMOUS)
-NO_MARK = {"bytes": 0, "anonymous": 0, "fingerprint": None}  # see Log
+LOGS = tuple(ANONYMOUS)  # analytics/<name>.jsonl
+MARK = ("bytes", "anonymous", "fingerprint")  # see Log.mark
 
 
 class Stop(Exception):
     """A reason to go no further, fit to print."""
 
 
-# Gate: consent, token, endpoint. Contract: Prerequisites.
-def consent(config, environ):
-    """Return (mode, reason): what config (bytes) allows, or less if the environment does."""
-    telemetry = member(parse_object(config), "telemetry")
-    limit = environ.get("SM_TEL") or "community"
-    found = "telemetry in config is " + json.dumps(telemetry)
-    if parse_object(config) is None:
-        found = "config is not a JSON object" if config else "there is no readable config"
-    if telemetry not in ("anonymous", "community"):
-        return "off", found
-    if limit not in ("anonymous", "community"):
-        return "off", "SM_TEL is " + json.dumps(limit)
-    if environ.get("DO_NOT_TRACK", "") not in ("", "0", "false"):
-        return "off", "DO_NOT_TRACK is " + json.dumps(environ["DO_NOT_TRACK"])
-    if limit == "anonymous" and telemetry == "community":
-        return "anonymous", "SM_TEL is " + json.dumps(limit)
-    return telemetry, found
-
-
-class Run:
-    """One call: where it works, for how many seconds, whom it tells, in what mode and why."""
-
-    def __init__(self, home, environ, seconds=RUN_SECONDS, say=lambda text: None,
-                 clock=time.monotonic, sleep=time.sleep):
-        self.home, self.folder = home, os.path.join(home, "analytics")
-        self.seconds, self.say, self.clock, self.sleep = seconds, say, clock, sleep
-        self.deadline = self.due = clock() + seconds  # due: when a watched process is ended
-        self.config = read_small(home, "config")
-        self.mode, self.reason = consent(self.config, environ)
-        self.base_url = member(parse_object(self.config), "baseUrl", BASE_URL)
-
-    def token(self):
-        """Return the access token, "" if there is none that fits a header."""
-        return printable(member(parse_object(read_small(self.home, "credentials")), "accessToken"))
-
-    def device_id(self, mode):
-        """Return the device id that goes with events in a mode, "" for none."""
-        data = read_small(self.home, ".device-id") if mode == "community" else b""
-        text = data.decode("utf-8", "replace").strip()
-        return "" if "\ufffd" in text else text
-
-    def endpoint(self):
-        """Return the split URL to post to; Stop if baseUrl must not be contacted."""
-        import socket
-        import urllib.parse
-        with suppress(AttributeError, ValueError, OSError):
-            url = urllib.parse.urlsplit(self.base_url.rstrip("/") + PATH)
-            host = url.hostname or ""
-            safe = url.scheme == "https" or url.scheme == "http" and (
-                host in ("localhost", "::1") or socket.inet_pton(socket.AF_INET, host)[0] == 127)
-            clean = printable(self.base_url) and not set("@?#").intersection(self.base_url)
-            if safe and clean and host and url.port != 0:
-                return url
-        raise Stop("baseUrl must be https (http: this machine only), no user, query or fragment")
-
-    def check(self):
-        """Stop unless there is consent, a token, and something to send or record."""
-        if self.mode == "off":
-            raise Stop("telemetry is off: " + self.reason)
-        if not self.token():
-            raise Stop("not logged in")
-        state = State(self.folder)
-        with open_logs(state, self.mode) as logs:
-            known = all(log.offset == state.record[log.name + "_bytes"] for log in logs)
-            if known and not any(True for log in logs for _ in log.lines()):
-                raise Stop("nothing is pending")
-
-
-def printable(value):
-    """Return a text of printable ASCII with no blank, "" for any other value."""
-    return value if isinstance(value, str) and all("!" <= char <= "~" for char in value) else ""
-
-
-class State:
-    """What .sync-offsets says of the logs. Contract: Error Handling (Offsets), Rules."""
-
-    def __init__(self, folder, file=None):
-        """Read the record; what is missing or broken counts as 0, or as unknown."""
-        self.folder, self.file = folder, file
-        data = read_small(folder, ".sync-offsets")
-        saved = parse_object(data[:RECORD_BYTES]) or parse_object(data)
-        self.record = {name + "_bytes": whole(saved, name + "_bytes", 0) for name in LOGS}
-        for key in "last_sync_ts", "last_sync_result":
-            self.record[key] = printable(member(saved, key))[:20] or None
-        self.marks = self.record["resume"] = {}
-        for name in LOGS:
-            mark = member(member(saved, "resume"), name)
-            if whole(mark, "fingerprint", None) is None:  # an older script's, if any
-                mark = {"bytes": self.record[name + "_bytes"]}
-            self.marks[name] = {key: whole(mark, key, NO_MARK[key]) for key in NO_MARK}
-
-    def save(self, logs, result):
-        """Overwrite the record by one write: a reader or power cut meets the old or the new one."""
-        if result in ("ok", "skipped"):
-            self.record.update((log.name + "_bytes", log.offset) for log in logs)
-        self.marks.update((log.name, log.mark()) for log in logs)
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.record.update(last_sync_ts=now, last_sync_result=result)
-        self.file.seek(0)
-        self.file.write(json.dumps(self.record).ljust(RECORD_BYTES - 1).encode("ascii") + b"\n")
-        self.file.flush()
-
-    def flush(self):
-        """Bring to disk what was written, then cut off what a longer file holds beyond."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.truncate(RECORD_BYTES)
-
-
-@contextmanager
-def locked_state(folder):
-    """Yield the State, its file open and locked; Stop if another run has it, or it is no use."""
-    path, flags = os.path.join(folder, ".sync-offsets"), os.O_RDWR | os.O_CREAT
-    try:
-        with open(os.open(path, flags | getattr(os, "O_BINARY", 0), 0o600), "r+b") as file:
-            lock_file(file)
-            state, size = State(folder, file), file.seek(0, os.SEEK_END)
-            if size < RECORD_BYTES:  # made longer first: no power cut between length and bytes
-                file.write((b"" if size else b"{}").ljust(RECORD_BYTES - size))
-                state.flush()
-            if size == 0 and os.name == "posix":  # a new name
-                directory = os.open(folder, os.O_RDONLY)
-                os.fsync(directory)
-                os.close(directory)
-            try:
-                yield state
-            finally:
-                state.flush()
-    except OSError as error:
-        raise Stop(f"progress cannot be recorded: {error.strerror}")
-
-
-def lock_file(file):
-    """Lock a file until it is closed or its process ends; Stop if another run has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-            file.seek(1 << 30)  # one byte, far from those that others read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # without locks, as on some network drives, POSIX goes on
-        if os.name == "nt" or isinstance(error, BlockingIOError):
-            raise Stop("another run is at work")
-
-
-# Read: small files, JSON, logs.
+# Files and JSON: what is missing, broken or of another type counts as absent.
 def read_small(*path):
-    """Return the bytes of a small file, none if it cannot be read."""
+    """Return the first LINE_BYTES of a file, none if it cannot be read."""
     path = os.path.join(*path)
     with suppress(OSError):
         if os.path.isfile(path):  # a FIFO would block
@@ -214,15 +65,15 @@ def read_small(*path):
     return b""
 
 
-def parse_float(text):
+def parse_number(text):
     if not abs(float(text)) < float("inf"):
         raise ValueError(text)
     return float(text)
 
 
-DECODER = json.JSONDecoder(  # 309 digits may exceed a float
-    parse_float=parse_float, parse_constant=parse_float,
-    parse_int=lambda text: int(text) if len(text) < 309 else parse_float(text))
+DECODER = json.JSONDecoder(  # an integer of 309 digits may be past float range
+    parse_float=parse_number, parse_constant=parse_number,
+    parse_int=lambda text: int(text) if len(text) < 309 else parse_number(text))
 
 
 def parse_object(data):
@@ -247,23 +98,162 @@ def member(value, key, default=None):
     return value.get(key, default) if isinstance(value, dict) else default
 
 
-def whole(value, key, default):
+def whole(value, key, default=0):
     """Return a member that is a whole number of at most 63 bits, else the default."""
     number = member(value, key)
     return number if type(number) is int and 0 <= number < 1 << 63 else default
 
 
+def word(value, key, default=""):
+    """Return a member that is printable ASCII without blanks, "" for any other value."""
+    text = member(value, key, default)
+    return text if isinstance(text, str) and all("!" <= char <= "~" for char in text) else ""
+
+
+# Gate: consent, token, endpoint. Contract: Prerequisites.
+def consent(config, environ):
+    """Return (mode, reason): what config (bytes) allows, or less if the environment does."""
+    settings = parse_object(config)
+    if settings is None:
+        return "off", "config is not a JSON object" if config else "there is no readable config"
+    mode, limit = settings.get("telemetry"), environ.get("SM_TEL") or "community"
+    reason = "telemetry in config is " + json.dumps(mode)
+    if mode not in ("anonymous", "community"):
+        return "off", reason if "telemetry" in settings else "config has no telemetry"
+    if limit not in ("anonymous", "community"):
+        return "off", "SM_TEL is " + json.dumps(limit)
+    if environ.get("DO_NOT_TRACK", "") not in ("", "0", "false"):
+        return "off", "DO_NOT_TRACK is " + json.dumps(environ["DO_NOT_TRACK"])
+    if limit == "anonymous" and mode == "community":
+        return "anonymous", "SM_TEL is " + json.dumps(limit)
+    return mode, reason
+
+
+class Run:
+    """One call: where it works, for how many seconds, whom it tells, in what mode and why."""
+
+    def __init__(self, home, environ, seconds=RUN_SECONDS, say=lambda text: None,
+                 clock=time.monotonic, sleep=time.sleep):
+        self.home, self.folder = home, os.path.join(home, "analytics")
+        self.seconds, self.say, self.clock, self.sleep = seconds, say, clock, sleep
+        self.deadline = self.due = clock() + seconds  # due: that of a request, if it is earlier
+        self.config = read_small(home, "config")
+        self.mode, self.reason = consent(self.config, environ)
+
+    def token(self):
+        """Return the access token, "" if there is none that fits a header."""
+        return word(parse_object(read_small(self.home, "credentials")), "accessToken")
+
+    def device_id(self, mode):
+        """Return the device id that goes with events in a mode, "" for none."""
+        data = read_small(self.home, ".device-id") if mode == "community" else b""
+        text = data.decode("utf-8", "replace").strip()
+        return "" if "\ufffd" in text else text
+
+    def endpoint(self):
+        """Return the split URL to post to; Stop if baseUrl must not be contacted."""
+        import re
+        import socket
+        import urllib.parse
+        base_url = word(parse_object(self.config), "baseUrl", BASE_URL)
+        form = r"(?i)https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[^@?#]*)?"
+        with suppress(ValueError, OSError):  # no port, no IPv4 address
+            url = urllib.parse.urlsplit(base_url.rstrip("/") + PATH)
+            if re.fullmatch(form, base_url) and url.port != 0 and (
+                    url.scheme == "https" or url.hostname in ("localhost", "::1")
+                    or socket.inet_pton(socket.AF_INET, url.hostname)[0] == 127):
+                return url
+        raise Stop("baseUrl must be https (http: this machine only), no user, query or fragment")
+
+
+# State: the record in .sync-offsets. Contract: Error Handling (Offsets), Rules.
+class State:
+    """The contract's four keys and, under resume, a mark for each log (see Log.mark)."""
+
+    def __init__(self, folder, file=None):  # open and locked, if it is to be changed
+        data = file.read(LINE_BYTES) if file else read_small(folder, ".sync-offsets")
+        saved = parse_object(data[:RECORD_BYTES]) or parse_object(data)
+        self.folder, self.file, self.marks = folder, file, {}
+        self.record = {key: word(saved, key) for key in ("last_sync_ts", "last_sync_result")}
+        for name in LOGS:
+            done = self.record[name + "_bytes"] = whole(saved, name + "_bytes")
+            mark = member(member(saved, "resume"), name)
+            self.marks[name] = {key: whole(mark, key) for key in MARK}
+            if whole(mark, "fingerprint", None) is None:  # an older script's, if any
+                self.marks[name] = {"bytes": done}
+
+    def save(self, logs, result="network_error"):
+        """Overwrite the record by one write: a reader or power cut meets the old or the new one."""
+        for log in logs:
+            self.marks[log.name] = log.mark()
+            if result in ("ok", "skipped"):
+                self.record[log.name + "_bytes"] = log.offset
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.record.update(last_sync_ts=now, last_sync_result=result, resume=self.marks)
+        self.file.seek(0)
+        self.file.write(json.dumps(self.record).ljust(RECORD_BYTES - 1).encode("ascii") + b"\n")
+        self.file.flush()
+
+    def save_on_disk(self, logs, result):
+        """Save past a power cut: first the logs, lest new lines take the place of lost ones."""
+        for log in logs:
+            with suppress(OSError):  # Windows flushes only what may be written
+                os.fsync(log.file.fileno())
+        self.save(logs, result)
+        os.fsync(self.file.fileno())
+        self.file.truncate(RECORD_BYTES)  # a longer file was another program's
+
+
+@contextmanager
+def locked_state(folder):
+    """Yield the State, its file open and locked; Stop if another run has it, or it is no use."""
+    path = os.path.join(folder, ".sync-offsets")
+    try:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            lock_file(file)
+            state, size = State(folder, file), file.seek(0, os.SEEK_END)
+            if 0 < size < RECORD_BYTES:  # lengthened first: a power cut between new bytes and new
+                file.write(b" " * (RECORD_BYTES - size))  # length would leave half a record
+                file.flush()
+                os.fsync(file.fileno())
+            if size == 0 and os.name == "posix":  # the folder has a new name in it: on disk, too
+                directory = os.open(folder, os.O_RDONLY)
+                os.fsync(directory)
+                os.close(directory)
+            yield state
+    except OSError as error:
+        raise Stop(f"progress cannot be recorded: {error.strerror}")
+
+
+def lock_file(file):
+    """Lock a file until it is closed or its process ends; Stop if another run has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            file.seek(1 << 30)  # one byte, far from those that others read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            file.seek(0)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # without locks, as on some network drives, POSIX goes on
+        if os.name == "nt" or isinstance(error, BlockingIOError):
+            raise Stop("another run is at work")
+
+
+# Read: the logs, line by line.
 class Log:
     """An open log as it was found: up to offset it is done, up to anonymous it stays anonymous."""
 
     def __init__(self, name, file, mark, mode):
-        self.name, self.file = name, file
-        self.head = file.read(FINGERPRINT_BYTES)
-        self.size = file.seek(0, os.SEEK_END)
-        self.offset, self.anonymous = mark["bytes"], mark["anonymous"]
-        known = mark["fingerprint"] is not None
-        if known and mark != self.mark() or not known and self.offset > self.size:
-            self.offset = self.anonymous = 0  # another log
+        self.name, self.file, self.mode = name, file, mode
+        self.size = os.fstat(file.fileno()).st_size  # what is appended from now on: the next run's
+        self.head = file.read(min(FINGERPRINT_BYTES, self.size))
+        self.offset, self.anonymous = mark["bytes"], mark.get("anonymous", 0)
+        known = mark == self.mark() if "fingerprint" in mark else self.offset <= self.size
+        if not known:  # another log, though it may hold what was to stay anonymous
+            self.anonymous = self.size if self.anonymous > self.offset else 0
+            self.offset = 0
         self.offset = min(self.offset, self.size)
         self.anonymous = self.size if mode == "anonymous" else min(self.anonymous, self.size)
 
@@ -279,17 +269,17 @@ class Log:
             begin, line = end, self.file.readline(min(LINE_BYTES, self.size - end))
             end += len(line)
             event = parse_object(line.decode("utf-8", "replace"))
-            while event is None and line and not line.endswith(b"\n"):  # a longer one, to its end
+            while event is None and not line.endswith(b"\n"):  # pass over all of a long one
                 line = self.file.readline(min(LINE_BYTES, self.size - end))
                 end += len(line)
-            if event is None and not line:
-                return  # a torn last line waits for its rest
+                if not line:
+                    return  # a torn last line waits for its rest
             yield begin, end, event
 
 
 @contextmanager
 def open_logs(state, mode):
-    """Yield the logs that can be read, each to go on where state says."""
+    """Yield the logs that can be read, each to go on where the state says."""
     with ExitStack() as stack:
         logs = []
         for name in LOGS:
@@ -302,78 +292,46 @@ def open_logs(state, mode):
 
 
 # Shape: from events to a body. Contract: Sync Implementation, Anonymous Mode Stripping.
-ALLOWED = {(mode, log): [(field, DEFAULTS.get(field)) for field in fields]
-           for log in LOGS for mode, fields in (("anonymous", ANONYMOUS[log]),
-                                                ("community", ANONYMOUS[log] + COMMUNITY[log]))}
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
+codecs.register_error("repair", lambda bad: (b"\xef\xbf\xbd" * (bad.end - bad.start), bad.end))
 
 
 def shape_event(mode, log, event):
     """Return an event's payload: the fields that its mode and log (a name) allow, no nulls."""
     payload = {"type": log}
-    for field, default in ALLOWED[mode, log]:
-        value = event.get(field, default)
+    for field in ANONYMOUS[log] + (COMMUNITY[log] if mode == "community" else ()):
+        value = event.get(field, DEFAULTS.get(field))
         if value is not None:
             payload[field] = value
     return payload
 
 
-def take_batch(logs, mode, limit):
-    """Return (mode, payloads, {log: offset}) of what is first: of one mode, up to limit events."""
-    batch_mode, payloads, offsets, size = None, [], {}, 0
-    for log in logs:
-        for begin, end, event in log.lines():
-            if event is not None:
-                kind, size = "anonymous" if begin < log.anonymous else mode, size + end - begin
-                if payloads and (kind != batch_mode or len(payloads) == limit or size > BODY_BYTES):
-                    return batch_mode, payloads, offsets
-                batch_mode = kind
-                payloads.append(shape_event(kind, log.name, event))
-            offsets[log] = end
-    return batch_mode, payloads, offsets
-
-
-def encode_body(mode, payloads, device_id):
-    """Return a body: strict JSON in UTF-8, with the device id in community mode alone."""
-    body = {"telemetryMode": mode, "events": payloads}
-    if device_id and mode == "community":
+def next_body(logs, device_id, max_size):
+    """Return (body, number of events, {log: end}) of the next max_size bytes of lines, or one."""
+    body, ends, size = {"telemetryMode": None, "events": []}, {}, 0
+    for log, (begin, end, event) in ((log, line) for log in logs for line in log.lines()):
+        mode, size = "anonymous" if begin < log.anonymous else log.mode, size + end - begin
+        if ends and (size > max_size or len(body["events"]) == BATCH_EVENTS
+                     or body["telemetryMode"] not in (None, mode)):
+            break
+        if event is not None:
+            body["telemetryMode"] = mode
+            body["events"].append(shape_event(mode, log.name, event))
+        ends[log] = end
+    if device_id and body["telemetryMode"] == "community":
         body["deviceId"] = device_id
-    text = ENCODER.encode(body).encode("utf-16", "surrogatepass")  # lone surrogates: replaced
-    return text.decode("utf-16", "replace").encode("utf-8")
-
-
-def deliver(logs, mode, device_id, post, save):
-    """Post what is pending by post(body), save() where logs are accepted; return the result."""
-    limit = BATCH_EVENTS
-    while True:
-        batch_mode, payloads, offsets = take_batch(logs, mode, limit)
-        result = "ok"  # of lines to pass over, if there are only such
-        if payloads:
-            body = encode_body(batch_mode, payloads, device_id)
-            fits = len(body) <= BODY_BYTES or len(payloads) == 1
-            result = post(body) if fits else "too_large"
-        if result == "too_large" and len(payloads) > 1:
-            limit = len(payloads) // 2
-        elif result != "ok":
-            return "server_error" if result == "too_large" else result
-        else:
-            for log in offsets:
-                log.offset = offsets[log]
-            save()
-            limit = min(limit + BATCH_EVENTS // 10, BATCH_EVENTS)
-            if not payloads:
-                return "ok"
+    data = ENCODER.encode(body).encode("utf-8", "repair")  # of lone surrogates
+    return data, len(body["events"]), ends
 
 
 # Send: one connection, each request in bounded time. Contract: Error Handling.
-def classify(status, body):
-    """Return the result of an answer."""
+def classify(status, answer):
+    """Return the result of an answer: of its status, and of the JSON object in it, if any."""
     if not 200 <= status < 300:
         return {401: "auth_failed", 413: "too_large"}.get(status, "server_error")
-    answer = parse_object(body)
     if answer is None:
         return "network_error"
-    return "ok" if answer.get("code") == 0 and type(answer["code"]) is int else "server_error"
+    return "ok" if whole(answer, "code", None) == 0 else "server_error"
 
 
 def retry_delay(status, retry_after, now):
@@ -381,7 +339,7 @@ def retry_delay(status, retry_after, now):
     delay = RETRY_SECONDS.get(status)
     if status == 429:
         import email.utils
-        with suppress(TypeError, ValueError, OverflowError):
+        with suppress(TypeError, ValueError, LookupError, OverflowError):
             date = email.utils.parsedate_tz(retry_after)
             delay = email.utils.mktime_tz(date) - now if date else int(retry_after)
         delay = min(max(delay, 0), REQUEST_SECONDS)
@@ -392,7 +350,7 @@ def open_link(url):
     """Return a connection yet to be made: TLS, in a proxy's tunnel where urllib knows a proxy."""
     import http.client
     if url.scheme == "http":  # to this machine, with no proxy
-        return http.client.HTTPConnection(url.netloc, timeout=CONNECT_SECONDS)
+        return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=CONNECT_SECONDS)
     import urllib.request
     request, proxies = urllib.request.Request(url.geturl()), urllib.request.ProxyHandler()
     if hasattr(proxies, "https_open"):
@@ -408,82 +366,117 @@ class Sender:
     """Posts bodies over one connection, kept as long as the server keeps it."""
 
     def __init__(self, run):
-        self.run, self.url, self.slowest = run, run.endpoint(), 0
+        self.run, self.url, self.slowest = run, run.endpoint(), 0  # seconds of a request so far
         self.link = open_link(self.url)
-        by_proxy = "" if self.link.host.lower() == self.url.hostname else " by " + self.link.host
-        self.peer = self.url.netloc + by_proxy
+        self.peer = f"{self.link.host}:{self.link.port}"  # the server's, or a proxy's
         self.headers = {"Authorization": "Bearer " + run.token(),
                         "Content-Type": "application/json",
                         "User-Agent": "secondme_sync/" + VERSION}
 
     def post(self, body):
         """Post a body, once more if the contract says so; return the result, or Stop."""
-        for last in (False, True):
-            if read_small(self.run.home, "config") != self.run.config:
-                raise Stop("config has changed")  # consent withdrawn?
+        retried = False
+        while True:
+            if read_small(self.run.home, "config") != self.run.config:  # consent withdrawn?
+                raise Stop("config has changed")
             if not self.has_time():
                 raise Stop("too little time is left for another request")
-            status, retry_after, answer = self.attempt(body)
+            status, retry_after, answer = self.request(body)
+            if status == 0:
+                continue  # over a new connection
             result, delay = classify(status, answer), retry_delay(status, retry_after, time.time())
-            code = member(parse_object(answer), "code", 0)
-            said = f" with code {code}" if type(code) is int and code else ""
-            self.run.say(f"{len(body)} bytes to {self.peer}: HTTP {status}{said}, {result}")
-            if last or delay is None or not self.has_time(delay):
+            code = whole(answer, "code", None)
+            self.run.say(f"{len(body)} bytes to {self.peer}: HTTP {status}, code {code}, {result}")
+            if retried or delay is None or not self.has_time(delay):
                 return result
             self.run.say(f"retry in {delay:.0f} s")
             self.run.sleep(delay)
+            retried = True
 
     def has_time(self, delay=0):
-        """Tell if a request after a delay would end in time, judged by the slowest so far."""
-        return delay + min(2 * self.slowest, REQUEST_SECONDS) < self.run.deadline - self.run.clock()
-
-    def attempt(self, body):
-        """Return (status, Retry-After, body) of the answer to a request; Stop if none comes."""
-        import http.client
-        begun = self.run.clock()
-        try:
-            reply = self.request(body)
-            answer = reply.read(ANSWER_BYTES)
-        except (OSError, http.client.HTTPException) as error:  # its text might hold the token
-            raise Stop(f"network_error, no answer ({type(error).__name__}) from {self.peer}")
-        finally:
-            self.run.due = self.run.deadline
-            self.slowest = max(self.slowest, self.run.clock() - begun)
-        if not reply.isclosed() or reply.status != 200:
-            self.link.close()
-        return reply.status, reply.getheader("Retry-After"), b"" if reply.length else answer
+        """Tell if a request after a delay would end in time, twice as slow as any so far."""
+        left = self.run.deadline - self.run.clock()
+        return delay + min(2 * self.slowest, REQUEST_SECONDS) < left
 
     def request(self, body):
-        """Return the response to a body; ask once more if a kept connection proves closed."""
+        """Return (status, Retry-After, JSON object or None); 0 if a kept connection is closed."""
+        import http.client
+        import select
         import socket
-        while True:
-            kept = self.link.sock is not None
-            if not kept:
+        kept = self.link.sock and not select.select([self.link.sock], [], [], 0)[0]
+        begun = self.run.clock()
+        try:
+            if not kept:  # nor one that has something to say: its end, or what nobody asked
+                self.link.close()
                 self.link.connect()
                 self.link.sock.settimeout(REQUEST_SECONDS)
             self.run.due = min(self.run.clock() + REQUEST_SECONDS, self.run.deadline)
-            try:
-                with suppress(OSError):  # an answer may come, and the connection end, early
-                    self.link.request("POST", self.url.path, body, self.headers)
-                return self.link.getresponse()
-            except OSError as error:
-                if not kept or isinstance(error, socket.timeout):
-                    raise
+            with suppress(OSError):  # an answer may come, and the connection end, early
+                self.link.request("POST", self.url.path, body, self.headers)
+            reply, buffer, size = self.link.getresponse(), bytearray(ANSWER_BYTES), 0
+            with suppress(OSError, ValueError, http.client.HTTPException):  # the status is enough
+                size = reply.readinto(buffer)  # read() would take all of a chunk of -1 bytes
+            if not reply.isclosed() or reply.status != 200:  # not all was read, or perhaps sent
                 self.link.close()
+            answer = None if reply.length else parse_object(bytes(buffer[:size]))
+            return reply.status, reply.getheader("Retry-After"), answer
+        except (OSError, http.client.HTTPException) as error:  # its text might hold the token
+            self.link.close()
+            if not kept or not isinstance(error, OSError) or isinstance(error, socket.timeout):
+                raise Stop(f"network_error, no answer ({type(error).__name__}) from {self.peer}")
+            return 0, None, None
+        finally:
+            self.run.due = self.run.deadline
+            self.slowest = max(self.slowest, self.run.clock() - begun)
 
 
 # The run, and what else the command line offers.
+def check(run):
+    """Stop unless there is consent, a token, and something to send or record."""
+    if run.mode == "off":
+        raise Stop("telemetry is off: " + run.reason)
+    if not run.token():
+        raise Stop("not logged in")
+    state = State(run.folder)
+    with open_logs(state, run.mode) as logs:
+        if all(log.offset == state.record[log.name + "_bytes"]
+               and next(log.lines(), None) is None for log in logs):
+            raise Stop("nothing is pending")
+
+
+def deliver(logs, device_id, post, save):
+    """Post what is pending by post(body), save() where logs are accepted; return the result."""
+    max_size = BODY_BYTES
+    while True:
+        body, count, ends = next_body(logs, device_id, max_size)
+        if not ends:
+            return "ok"
+        result = "ok"  # of lines to pass over
+        if count > 0:
+            result = post(body) if len(body) <= BODY_BYTES or count == 1 else "too_large"
+        if result == "ok":
+            for log in ends:
+                log.offset = ends[log]
+            save()
+        elif result == "too_large" and count > 1:
+            size = sum(ends[log] - log.offset for log in ends)
+            max_size = size // 2 + size // count // 2  # of half of them, and of half an event
+        else:
+            return "server_error" if result == "too_large" else result
+
+
 def sync(run):
     """Send what is pending, and record what is accepted. Contract: Sync Implementation."""
-    run.check()
+    check(run)
     with locked_state(run.folder) as state, open_logs(state, run.mode) as logs:
-        state.save(logs, "network_error")  # until it ends otherwise
-        state.flush()  # a run that cannot record must not send
+        result = "network_error"  # until it ends otherwise
+        state.save_on_disk(logs, result)  # a run that cannot record must not send
         sender = Sender(run)
-        with closing(sender.link):
-            result = deliver(logs, run.mode, run.device_id(run.mode), sender.post,
-                             lambda: state.save(logs, "network_error"))
-        state.save(logs, result)
+        try:
+            result = deliver(logs, run.device_id(run.mode), sender.post, lambda: state.save(logs))
+        finally:
+            sender.link.close()
+            state.save_on_disk(logs, result)
 
 
 def watched_sync(run):
@@ -491,7 +484,8 @@ def watched_sync(run):
     def watch():
         while run.clock() < run.due:
             time.sleep(0.1)
-        run.say("time is up")
+        _thread.start_new_thread(run.say, ("time is up",))  # by another: it may hang, too
+        time.sleep(0.1)
         os._exit(0)
     import _thread
     _thread.start_new_thread(watch, ())
@@ -500,78 +494,85 @@ def watched_sync(run):
 
 def background(run):
     """Sync in a process of its own, if there is something to do; return at once."""
-    run.check()
-    file = globals().get("__file__") or "<stdin>"
-    command = [sys.executable, "-I", os.path.abspath(file), "--dir", run.home,
-               "--max-time", str(run.seconds)]
-    if os.name == "nt" and file == "<stdin>":
-        watched_sync(run)  # pasted, there is no file that another process could run
-    elif os.name == "nt":
-        from subprocess import DEVNULL, Popen
+    check(run)
+    file = globals().get("__file__", "<stdin>")
+    is_file = file != "<stdin>" and os.path.isfile(file) and sys.executable  # else: pasted
+    command = is_file and [sys.executable, "-I", os.path.abspath(file), "--dir", run.home,
+                           "--max-time", str(run.seconds)]
+    if os.name == "nt" and is_file:
+        from subprocess import Popen  # with a returncode, it does not warn that nobody waits
         detached = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
-        Popen(command, cwd=run.home, creationflags=detached,
-              stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL).returncode = 0  # nobody waits for it
+        Popen(command, cwd=run.home, creationflags=detached, close_fds=True).returncode = 0
+    elif os.name == "nt":
+        watched_sync(run)
     elif os.fork() == 0:
         os.setsid()
         os.chdir(run.home)
         os.closerange(0, 1 << 16)
         for _ in range(3):
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-        if file != "<stdin>":  # on macOS, a bare fork may abort when it looks up names
-            os.execv(command[0], command)
+        if is_file:  # on macOS, a bare fork may abort when it looks up names
+            os.execv(sys.executable, command)
         watched_sync(run)
 
 
-def describe_pending(folder, logs, mode):
+def show(text, stream):
+    """Print a text for people, as escapes what the stream cannot show, if it is open."""
+    with suppress(AttributeError, OSError, ValueError):
+        data = text.encode(stream.encoding, "backslashreplace")
+        print(data.decode(stream.encoding), file=stream, flush=True)
+
+
+def describe_pending(folder, logs):
     """Return in words how many events of logs are pending, and how many of them as anonymous."""
     kept, counts = 0, {name: "unreadable" for name in LOGS
                        if os.path.lexists(os.path.join(folder, name + ".jsonl"))}
     for log in logs:
         begins = [begin for begin, _, event in log.lines() if event is not None]
         counts[log.name] = len(begins)
-        kept += sum(begin < log.anonymous for begin in begins)
+        kept += sum(begin < log.anonymous for begin in begins if log.mode == "community")
     text = ", ".join(f"{counts.get(name, 0)} {name}" for name in LOGS) + " events"
-    return f"{text}, {kept} of them as anonymous" if kept and mode == "community" else text
+    return f"{text}, {kept} of them as anonymous" if kept else text
 
 
 def report(run):
     """Return in lines how things stand, and what a sync would do now."""
-    state, endpoint, now = State(run.folder), "refused", "a sync would send"
+    state, endpoint, now = State(run.folder), "refused", ""
     try:
         endpoint = run.endpoint().geturl()
-        run.check()
+        check(run)
     except Stop as stop:
-        now = f"a sync would send nothing: {stop}"
+        now = f"nothing: {stop}"
     with open_logs(state, run.mode) as logs:
-        pending = describe_pending(run.folder, logs, run.mode)
-    last = " ".join(filter(None, (state.record["last_sync_result"], state.record["last_sync_ts"])))
-    lines = ["directory: " + run.home, f"telemetry: {run.mode} ({run.reason})",
-             "endpoint:  " + endpoint, "logged in: " + ("yes" if run.token() else "no"),
-             "pending:   " + pending, "last sync: " + (last or "never"), "now:       " + now]
-    encoding = getattr(sys.stdout, "encoding", "ascii")
-    return "\n".join(lines).encode(encoding, "backslashreplace").decode(encoding)
+        pending = describe_pending(run.folder, logs)
+    last = "{last_sync_result} {last_sync_ts}".format(**state.record).strip()
+    return "\n".join([
+        "directory: " + run.home, f"telemetry: {run.mode} ({run.reason})",
+        "endpoint:  " + endpoint, "logged in: " + ("yes" if run.token() else "no"),
+        "pending:   " + pending, "last sync: " + (last or "never"),
+        "now:       a sync would send " + (now or "what is pending")])
 
 
 def dry_run(run, mode):
     """Print the bodies that would be posted now, or would be in a mode; change nothing."""
-    def show(body):
+    def post(body):
         if sys.stdout.isatty():
-            body = json.dumps(json.loads(body.decode("utf-8")), indent=2).encode("utf-8")
-        sys.stdout.buffer.write(body + b"\n")
+            show(json.dumps(json.loads(body), ensure_ascii=False, indent=2), sys.stdout)
+        else:
+            sys.stdout.buffer.write(body + b"\n")
         return "ok"
-    say(report(run))
+    show(report(run), sys.stderr)
     if not mode:
-        run.check()
+        check(run)
         run.endpoint()
-    mode = mode or run.mode
-    with open_logs(State(run.folder), mode) as logs:
-        deliver(logs, mode, run.device_id(mode), show, save=lambda: None)
+    with open_logs(State(run.folder), mode or run.mode) as logs:
+        deliver(logs, run.device_id(mode or run.mode), post, save=lambda: None)
 
 
 def pending(run):
     """Print yes or no: would a sync have something to do?"""
     try:
-        run.check()
+        check(run)
         sys.stdout.buffer.write(b"yes\n")
     except Stop as stop:
         sys.stdout.buffer.write(b"no\n")
@@ -581,55 +582,54 @@ def pending(run):
 def skip_pending(run):
     """Mark all that is logged so far as never to be sent."""
     with locked_state(run.folder) as state, open_logs(state, "off") as logs:
-        text = describe_pending(run.folder, logs, "off")
+        text = describe_pending(run.folder, logs)
         if "unreadable" in text:
             raise Stop(text)
         for log in logs:
             log.offset = max((end for _, end, _ in log.lines()), default=log.offset)
-        state.save(logs, "skipped")
-    print("never to be sent:", text)
+        state.save_on_disk(logs, "skipped")
+    show("never to be sent: " + text, sys.stdout)
 
 
 def parse_args(argv):
-    """Return (action, MODE of --dry-run, directory, seconds, verbose); exit on misuse."""
+    """Return (action, directory, seconds, verbose); exit on misuse."""
     import argparse
-    parser = argparse.ArgumentParser("secondme_sync", "%(prog)s [flags]", allow_abbrev=False)
+    usage = "%(prog)s [flags]; without flags it sends what is pending, silently"
+    parser = argparse.ArgumentParser("secondme_sync", usage, allow_abbrev=False)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--dry-run", nargs="?", const="", choices=("", "anonymous", "community"),
                        metavar="MODE", help="print the bodies that would be posted, or in MODE")
     for flag, action, text in (
-            ("--status", lambda run: print(report(run)), "say how things stand"),
+            ("--status", lambda run: show(report(run), sys.stdout), "say how things stand"),
             ("--pending", pending, "print yes or no: is there something to do"),
             ("--skip-pending", skip_pending, "mark what is logged as never to be sent"),
             ("--background", background, "sync in a process of its own, return at once")):
         group.add_argument(flag, dest="action", action="store_const", const=action, help=text)
     parser.add_argument("--max-time", type=float, metavar="S", default=RUN_SECONDS,
                         help="seconds for a sync (default: %(default)s)")
-    parser.add_argument("--dir", help="instead of ~/.secondme")
+    parser.add_argument("--dir", default="~/.secondme", help="instead of ~/.secondme")
     parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr what happens")
     parser.add_argument("--version", action="version", version="secondme_sync " + VERSION)
     args = parser.parse_args(argv)
-    if args.dir == "" or not 0 < args.max_time < float("inf"):
+    if not args.dir or not 0 < args.max_time < float("inf"):
         parser.error("--dir must name a directory, --max-time be a number above 0")
-    return args.action or watched_sync, args.dry_run, args.dir, args.max_time, args.verbose
-
-
-def say(text):
-    with suppress(AttributeError, OSError, ValueError):  # closed
-        sys.stderr.write("secondme_sync: " + text.replace("\n", "\nsecondme_sync: ") + "\n")
-        sys.stderr.flush()
+    if args.dry_run is not None:
+        args.action = lambda run: dry_run(run, args.dry_run)
+    return args.action or watched_sync, args.dir, args.max_time, args.verbose
 
 
 def main(argv):
     """Do what the flags say; return the exit code."""
-    action, mode, home, seconds, verbose = (
-        parse_args(argv) if argv else (watched_sync, None, None, RUN_SECONDS, False))
-    tell = say if verbose or action is skip_pending else lambda text: None
+    def tell(text):
+        if verbose or action is skip_pending:
+            show("secondme_sync: " + text, sys.stderr)
+    skills = {(): watched_sync, ("--pending",): pending, ("--background",): background}
+    action, home, seconds, verbose = skills.get(tuple(argv)), "~/.secondme", RUN_SECONDS, False
+    if not action:  # what skills call is sooner there without the parser
+        action, home, seconds, verbose = parse_args(argv)
     try:
-        home = os.path.abspath(home or os.path.expanduser("~/.secondme"))
-        run = Run(home, os.environ, seconds, tell)
-        action(run) if mode is None else dry_run(run, mode)
-        print(end="", flush=True)
+        action(Run(os.path.abspath(os.path.expanduser(home)), os.environ, seconds, tell))
+        print(end="", flush=True)  # what cannot be written fails here
         return 0
     except (Exception, KeyboardInterrupt) as error:  # the last resort; other texts are not safe
         tell("stopped: " + (str(error) if isinstance(error, Stop) else type(error).__name__))
