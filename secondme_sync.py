@@ -248,7 +248,7 @@ class Log:
     def __init__(self, name, file, mark, mode):
         self.name, self.file, self.mode = name, file, mode
         self.size = os.fstat(file.fileno()).st_size  # what is appended from now on: the next run's
-        self.head = file.read(min(FINGERPRINT_BYTES, self.size))
+        self.head = file.read(FINGERPRINT_BYTES)
         self.offset, self.anonymous = mark["bytes"], mark.get("anonymous", 0)
         known = mark == self.mark() if "fingerprint" in mark else self.offset <= self.size
         if not known:  # another log, though it may hold what was to stay anonymous
@@ -496,9 +496,9 @@ def background(run):
     """Sync in a process of its own, if there is something to do; return at once."""
     check(run)
     file = globals().get("__file__", "<stdin>")
-    is_file = file != "<stdin>" and os.path.isfile(file) and sys.executable  # else: pasted
-    command = is_file and [sys.executable, "-I", os.path.abspath(file), "--dir", run.home,
-                           "--max-time", str(run.seconds)]
+    path = file != "<stdin>" and os.path.realpath(file)
+    is_file = path and os.path.isfile(path) and sys.executable  # else: pasted, or out of a pipe
+    command = [sys.executable, "-I", path, "--dir", run.home, "--max-time", str(run.seconds)]
     if os.name == "nt" and is_file:
         from subprocess import Popen  # with a returncode, it does not warn that nobody waits
         detached = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP

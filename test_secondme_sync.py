@@ -31,10 +31,10 @@ from fake_backend import DROP, OK, PATH, FakeBackend, answer  # noqa: E402
 from harness import (  # noqa: E402
     AS_NOBODY, AS_PASTED, BATCH, BREAKAGES, CERTIFICATE, LOCKED, NARROW, NOWHERE, NO_FORK, ROOT,
     SCRIPT, SILENT, TELL, TOKEN, TROUBLE, Disk, FakeClock, Hold, Home, Proxy, Result, addressed,
-    after, break_file, default_signals, feedback, foreign, full_disk, half_a_header,
+    after, bare, break_file, default_signals, feedback, foreign, full_disk, half_a_header,
     half_an_answer, http_date, limited, line, modes, names, no_http, open_to_all, play, posix,
-    pour, remove, repeats, reply_and_close, reply_and_close_later, sessions, sizes, spoil,
-    synced, then, tls_context, until, usage, useless, wait, secondme_sync as s)
+    pour, remove, repeats, reply_and_close, reply_and_close_later, reply_twice, sessions,
+    sizes, spoil, synced, then, tls_context, torn, until, usage, useless, wait, secondme_sync as s)
 
 SOURCE = SCRIPT.read_bytes()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -239,7 +239,8 @@ def test_https_goes_anywhere_plain_http_to_this_machine(home, base_url, endpoint
     "http://127.0.0.1\\@example.test", "https://example.test\nHost: x", "https://exa mple.test",
     "https://ex\u00e4mple.test", "https://example.test:port", "https://example.test:99999",
     "https://example.test:0", "https://example.test?x", "https://example.test/#x", " https://a.test",
-    "https://[::1", 7, True, None.__class__.__name__ * 0 or [], {"url": "http://127.0.0.1"}])
+    "http://[::1].example.test", "http://x[::1]", "http://example.test[::1]:80", "https://[::1]x",
+    "https://127.0.0.1%3a80", "https://[fe80::1%25lo]", "https://[x]", "https://[::1", 7, True, None.__class__.__name__ * 0 or [], {"url": "http://127.0.0.1"}])
 def test_another_base_url_is_contacted_by_no_packet(home, base_url):
     home.fill(1)
     home.configure(baseUrl=base_url)
@@ -545,6 +546,19 @@ def test_after_a_power_cut_nothing_is_lost_and_nothing_of_earlier_runs_repeated(
             assert home.is_done()
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="watches descriptors in /proc")
+def test_logs_are_on_disk_before_a_record_counts_them_as_done(home, monkeypatch):
+    flushed, logs = [], ["usage.jsonl", "feedback.jsonl"]
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(
+        os.path.basename(os.readlink("/proc/self/fd/%d" % descriptor))))
+    home.fill(BATCH, 1)
+    synced(home)
+    assert flushed == ["analytics"] + 2 * (logs + [".sync-offsets"])
+    del flushed[:]
+    home.main("--skip-pending")
+    assert flushed == logs + [".sync-offsets"]
+
+
 # Read: the logs, their lines, and logs that change under an offset.
 
 @pytest.mark.parametrize("name, make", [("usage", usage), ("feedback", feedback)])
@@ -625,6 +639,23 @@ def test_what_is_appended_during_a_run_is_sent_once(home, name):
     assert sessions(first) == sent and sessions(synced(home)) == late and home.is_done()
 
 
+@pytest.mark.parametrize("sooner", [True, False])
+def test_a_log_that_grows_while_it_is_opened_is_the_same_log(home, monkeypatch, sooner):
+    home.append("usage", b'{"session": "a"}\n')
+    real, opened = os.fstat, []
+
+    def grow(descriptor):
+        found = real(descriptor)
+        opened.append(found.st_size)
+        if opened.count(17) == 2 and opened[-1] == 17:  # not when it looks if anything is pending
+            home.append("usage", b'{"session": "b"}\n')
+            found = real(descriptor) if sooner else found
+        return found
+
+    monkeypatch.setattr(os, "fstat", grow)
+    assert sum([sessions(synced(home)) for _ in range(3)], []) == ["a", "b"]
+
+
 @pytest.mark.parametrize("done", [synced, nothing_new, lambda home: home.main("--skip-pending")],
                          ids=["sent", "sent by the older script", "skipped"])
 def test_a_log_that_is_missing_for_a_while_keeps_its_place(home, done):
@@ -653,6 +684,14 @@ def test_an_end_that_was_not_recorded_is_recorded_without_a_request(home, stale)
 def test_a_log_without_events_is_done_without_a_request(home):
     home.append("usage", b"\nno event\n")
     assert synced(home).connections == 0 and home.is_done()
+
+
+def test_what_is_passed_over_is_recorded_on_the_way(home):
+    home.append("usage", b"no event\n" * 150000)
+    home.log("usage", 1)
+    synced(home, answer(500))
+    assert 1350000 - s.BODY_BYTES <= home.offsets()["resume"]["usage"]["bytes"] <= 1350000
+    assert sessions(synced(home)) == ["s-1"]
 
 
 DEEP = b'{"session": "bad", "issues": %s%s}'
@@ -974,6 +1013,8 @@ SCENARIOS = [  # row, change, answers; then batches sent, waits, result, offsets
     ("no answer, a later batch", None, [OK, DROP, DROP], "122", [], "network_error", NOT_UPDATED),
     ("half an answer", None, [half_an_answer], "1", [], "network_error", NOT_UPDATED),
     ("half a header", None, [half_a_header], "1", [], "network_error", NOT_UPDATED),
+    ("401 with half a body", None, [torn(401)], "1", [], "auth_failed", NOT_UPDATED),
+    ("503 with half a body", None, [torn(503)], "112", [2], "ok", UPDATED),
     ("half an answer, a later batch", None, [OK, half_an_answer], "12", [], "network_error",
      NOT_UPDATED),
     ("no HTTP", None, [no_http], "1", [], "network_error", NOT_UPDATED),
@@ -1049,7 +1090,7 @@ def test_a_redirect_is_never_followed(home, status):
     ("", 5), ("soon", 5), ("1.5", 5), ("0x3", 5), ("9" * 99, 10), (http_date(4), 4),
     (http_date(0), 0), (http_date(-60), 0), (http_date(3600), 10), (http_date(10**9), 10),
     ("Thursday, 01-Jan-26 00:00:06 GMT", 6), ("Thu Jan  1 00:00:03 2026", 3),
-    ("Thu, 99 Foo 2026 00:00:03 GMT", 5), ("Thu, 01 Jan 99999 00:00:03 GMT", 5)])
+    ("5 Jan , 10", 5), ("Jan 3 , 2026 00:00:03 3 2026", 5), ("Thu, 99 Foo 2026 00:00:03 GMT", 5), ("Thu, 01 Jan 99999 00:00:03 GMT", 5)])
 def test_retry_after_is_clamped_to_10_seconds(header, seconds):
     assert s.retry_delay(429, header, 1767225600.0) == seconds
     for status in 502, 503, 504:
@@ -1085,12 +1126,12 @@ def test_413_for_several_events_halves_them_and_goes_on(home, count, script, exp
     assert home.results()[2] == result and sessions(synced(home)) == sent[count - left:]
 
 
-def test_after_one_event_that_is_too_large_for_its_neighbours_batches_grow_again(home):
-    home.log("usage", *range(200))
-    home.log("usage", usage(200, user_intent="x" * 90000))
-    home.log("usage", *range(201, 1100))
-    backend = synced(home, *[limited(100000)] * 60)
-    assert home.is_done() and len(backend.requests) < 40 and sizes(backend)[-2] == BATCH
+@pytest.mark.parametrize("large, limit, requests", [(None, 20000, 20), (200, 100000, 14)])
+def test_413_costs_few_requests(home, large, limit, requests):
+    home.log("usage", *[usage(number, user_intent="x" * 90000 * (number == large))
+                        for number in range(10 * BATCH)])
+    backend = synced(home, *[limited(limit)] * 60)
+    assert home.is_done() and len(backend.requests) <= requests + 3
 
 
 @pytest.fixture
@@ -1103,8 +1144,9 @@ def tls_backend():
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "TLS"])
 @pytest.mark.parametrize("script, result, requests", [
     ([answer(401)], "auth_failed", 1), ([answer(403)], "server_error", 1),
-    ([answer(413)], "ok", 3), ([answer(429, Retry_After=0)] * 2, "server_error", 2)],
-    ids=["401", "403", "413", "429"])
+    ([answer(413)], "ok", 3), ([answer(429, Retry_After=0)] * 2, "server_error", 2),
+    ([bare(401)], "auth_failed", 1), ([bare(413)], "ok", 3)],
+    ids=["401", "403", "413", "429", "401 without length", "413 without length"])
 def test_an_answer_before_the_end_of_the_body_counts(home, tls, script, result, requests):
     home.log("usage", *[usage(number, user_intent="x" * 5000) for number in range(90)])
     with FakeBackend(*script, context=tls_context() if tls else None) as backend:
@@ -1129,6 +1171,13 @@ def test_a_kept_connection_that_times_out_is_not_asked_again(home, hold, monkeyp
     backend = synced(home, OK, hold)
     assert (sizes(backend), home.results()[2]) == ([BATCH, 1], "network_error")
     assert sessions(synced(home)) == names("s", BATCH) and home.is_done()
+
+
+def test_what_a_server_says_unasked_is_no_answer(home, monkeypatch):
+    sent, save = home.fill(BATCH + 1), s.State.save
+    monkeypatch.setattr(s.State, "save", lambda *args: (time.sleep(0.05), save(*args)))
+    assert sizes(synced(home, reply_twice, answer(500))) == [BATCH, 1]
+    assert home.results()[2] == "server_error" and sessions(synced(home)) == sent[BATCH:]
 
 
 @pytest.mark.parametrize("trust, host, result", [
@@ -1298,6 +1347,7 @@ ENDLESS = {
     "a header": (HEAD + b"X-Long: ", b"x" * 65536, 0), "headers": (HEAD, b"X-Many: x\r\n" * 1000, 0),
     "a body": (HEAD + b"\r\n", b" " * 65536, 0),
     "chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 65536 + b"\r\n", 0),
+    "a chunk of -1": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", b" " * 65536, 0),
     "one chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n7fffffff\r\n", b" " * 65536, 0),
     "a body announced": (HEAD + b"Content-Length: 9" + b"9" * 15 + b"\r\n\r\n", b" " * 65536, 0)}
 
@@ -1315,6 +1365,23 @@ def test_an_endless_answer_takes_little_memory(home, name):
     mebibytes = used.ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10))
     assert mebibytes < 400  # on Linux it counts the test process too, which PyPy makes large
     assert home.results() == (0, 0, "network_error")
+
+
+@needs_signals
+def test_a_stderr_that_nobody_reads_does_not_keep_a_run(home, hold):
+    home.fill(1)
+    begin, end = os.pipe()
+    os.set_blocking(end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(end, b"x" * 4096)
+    os.set_blocking(end, True)
+    with FakeBackend(hold) as backend:
+        home.configure(baseUrl=backend.url)
+        run = home.spawn("-v", "--max-time", "1", options={"stderr": end})
+        assert wait(run, 20).code == 0
+    os.close(begin)
+    os.close(end)
 
 
 FAST = "import time\nreal = time.monotonic\ntime.monotonic = lambda: real() * 20\n"
@@ -1424,25 +1491,28 @@ def test_a_run_killed_at_an_answer_repeats_that_batch_alone(home, answered):
     assert repeats(sessions(backend)) in ((0, BATCH) if answered else (BATCH,))
 
 
-CALLS = ["os.open", "os.fsync", "builtins.open", "fcntl.flock"]
+CALLS = ["os.open", "os.fsync", "builtins.open", "fcntl.flock", "os.fstat"]
 
 
 @needs_signals
 @pytest.mark.parametrize("how", ["fail", "kill before", "kill after"])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_fails_or_is_the_last_loses_nothing(home, call, how):
-    sent = home.fill(BATCH + 20, 90)
+def test_a_call_that_fails_or_is_the_last_loses_and_repeats_nothing(home, call, how):
+    home.log("usage", 9000)
+    home.main("--skip-pending")
+    home.log("usage", 9001)
+    synced(home)
+    sent = home.fill(BATCH + 20, 90)  # what is before these may not be sent again
     with FakeBackend() as backend:
         home.configure(baseUrl=backend.url)
-        for nth in (1, 2):
-            result = home.run(shim=TROUBLE.format(call=call, nth=nth, how=how, always=False))
+        for nth in range(1, 9):
+            home.log("usage", 7000 + nth)
+            result = home.run(shim=TROUBLE.format(call=call, nth=nth, how=how))
             assert result == SILENT or how != "fail" and result == (-signal.SIGKILL, b"", b"")
             assert home.offsets() is None or isinstance(home.offsets(), dict)
         assert home.run() == SILENT
-        home.log("usage", 7000)
-        assert home.run() == SILENT
-    assert set(sessions(backend)) == set(sent) | {"s-7000"} and home.is_done()
-    assert repeats(sessions(backend)) <= 2 * BATCH
+    assert sorted(sessions(backend)) == sorted(sent + names("s", *range(7001, 7009)))
+    assert home.is_done()
 
 
 WITHDRAWALS = [  # how, the answer meanwhile
@@ -1467,6 +1537,21 @@ def test_consent_withdrawn_in_mid_run_ends_it(home, name, withdraw, reply):
         assert home.sync()[0].startswith("telemetry is off")
         home.write("config", {"telemetry": "community"})
         assert sessions(synced(home)) == sent[BATCH * (reply == OK):] and home.is_done()
+
+
+def test_nothing_is_asked_again_without_consent_or_time(home):
+    sent, clock = home.fill(BATCH + 1), FakeClock()
+
+    def dawdle(handler):
+        clock.passed += 20
+
+    first = synced(home, OK, lambda handler: home.configure(telemetry="off"))
+    assert (sizes(first), first.said[-1]) == ([BATCH, 1], "config has changed")
+    home.configure(telemetry="community")
+    home.fill(BATCH)
+    second = synced(home, OK, dawdle, clock=clock)
+    assert (sizes(second), second.said[-1][:15]) == ([BATCH, 1], "too little time")
+    assert sessions(synced(home)) == sent[BATCH - 1:BATCH]
 
 
 # The command line.
@@ -1517,11 +1602,13 @@ def test_a_person_can_look_before_agreeing(home, change, mode):
 
 
 @pytest.mark.skipif(not posix, reason="Windows has no pseudo-terminals")
-def test_on_a_terminal_a_dry_run_is_indented(home):
+@pytest.mark.parametrize("encoding, intent", [
+    ("utf-8", USAGE_TEXT["user_intent"]), ("ascii", "\\u67e5\\u770b")])
+def test_on_a_terminal_a_dry_run_is_indented(home, encoding, intent):
     import pty
     home.log("usage", 7)
     ours, theirs = pty.openpty()
-    process = home.spawn("--dry-run", options={"stdout": theirs})
+    process = home.spawn("--dry-run", options={"stdout": theirs}, PYTHONIOENCODING=encoding)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):
@@ -1529,7 +1616,7 @@ def test_on_a_terminal_a_dry_run_is_indented(home):
             shown += os.read(ours, 65536)
     os.close(ours)
     assert wait(process).code == 0 and b'\n  "telemetryMode": "community"' in shown
-    assert json.loads(shown.decode("utf-8"))["events"] == [dict(USAGE, **USAGE_TEXT)]
+    assert '"user_intent": "' + intent in shown.decode("utf-8")
 
 
 def unreadable(home):
@@ -1639,24 +1726,29 @@ def test_skip_pending_keeps_what_was_logged_local_for_ever(tmp_path, mode, token
 
 
 @pytest.mark.parametrize("change, reason", [
-    (lambda home: home.state.mkdir(), "cannot be recorded"), (unreadable, "unreadable usage"),
+    (lambda home: home.state.mkdir(), "cannot be recorded"),
+    (lambda home: [synced(home), foreign(home, 700), unreadable(home)], "unreadable usage"),
     (lambda home: shutil.rmtree(str(home.analytics)), "cannot be recorded: No such file")])
 def test_skip_pending_that_fails_says_why(home, change, reason):
     home.fill(1)
     change(home)
+    before = home.snapshot()
     result = home.main("--skip-pending")
     assert (result.code, result.out, result.err.count(b"\n")) == (1, b"", 1)
     assert reason in result.err.decode() and b"secondme_sync: stopped: " in result.err
+    assert home.snapshot() == before
 
 
 def test_another_directory_is_given_with_dir(home):
     other = Home(home.path / "other")
     other.log("usage", 2)
     home.fill(1)
-    with FakeBackend(OK, default=None) as backend:
+    with FakeBackend(OK, OK, default=None) as backend:
         other.configure(baseUrl=backend.url)
         assert home.run("--dir", os.path.join("other", ".secondme")) == SILENT
-    assert sessions(backend) == ["s-2"] and other.is_done() and home.offsets() is None
+        other.log("usage", 3)
+        assert home.run("--dir=~/other/.secondme") == SILENT
+    assert sessions(backend) == ["s-2", "s-3"] and other.is_done() and home.offsets() is None
 
 
 VERBOSE = [  # answers, what -v says
@@ -1717,6 +1809,21 @@ def test_background_returns_before_the_server_answers_and_delivers_later(home, s
         assert home.results() == (0, 0, "network_error")
         hold.set()
         until(lambda: home.results()[2] == "ok")
+    assert sessions(backend) == sent
+
+
+@needs_bash
+@pytest.mark.parametrize("start", [
+    '"$0" -I /dev/stdin --background < "$1"', '"$0" -I <(cat "$1") --background',
+    '(exec -a nowhere "$0" -I "$1" --background)',
+    'mkdir gone && cd gone && rmdir ../gone && "$0" -I - --background < "$1"'])
+def test_background_works_however_the_script_is_started(home, start):
+    sent = home.fill(1)
+    with FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        command = ["bash", "-c", start, sys.executable, str(SCRIPT)]
+        assert wait(home.start(command)) == SILENT
+        until(lambda: backend.requests and home.is_done())
     assert sessions(backend) == sent
 
 
