@@ -14,7 +14,6 @@ import os
 import pathlib
 import random
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -30,68 +29,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "fixtures"))
 from fake_backend import DROP, OK, PATH, FakeBackend, answer  # noqa: E402
 from harness import (  # noqa: E402
     AS_NOBODY, AS_PASTED, BATCH, BREAKAGES, CERTIFICATE, LOCKED, NARROW, NOWHERE, NO_FORK, ROOT,
-    SCRIPT, SILENT, TELL, TOKEN, TROUBLE, Disk, FakeClock, Hold, Home, Proxy, Result, addressed,
-    after, bare, break_file, default_signals, feedback, foreign, full_disk, half_a_header,
-    half_an_answer, http_date, limited, line, modes, names, no_http, open_to_all, play, posix,
-    pour, remove, repeats, reply_and_close, reply_and_close_later, reply_twice, sessions,
-    sizes, spoil, synced, then, tls_context, torn, until, usage, useless, wait, secondme_sync as s)
+    SCRIPT, SILENT, TELL, TOKEN, TROUBLE, Disk, FakeClock, Home, Proxy, Result, addressed, after,
+    bare, break_file, closed_network, default_signals, feedback, foreign, full_disk, half_a_header,
+    half_an_answer, hold, home, http_date, limited, line, log_more, machine, modes, names,
+    needs_bash, needs_fork, needs_limits, needs_modes, needs_root, needs_signals, no_consent,
+    no_credentials, no_http, nothing_new, open_to_all, paste, play, posix, pour, remove, repeats,
+    reply_and_close, reply_and_close_later, reply_twice, run_in, sessions, sizes, spoil, synced,
+    table, then, tls_backend, tls_context, torn, unreadable, until, usage, useless, wait,
+    secondme_sync as s)
 
 SOURCE = SCRIPT.read_bytes()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-needs_signals = pytest.mark.skipif(not posix, reason="Windows has no signals to end a process by")
-needs_modes = pytest.mark.skipif(not posix, reason="Windows has no file modes")
-needs_limits = pytest.mark.skipif(not posix, reason="Windows has no limits for a process")
-needs_fork = pytest.mark.skipif(not posix, reason="Windows has no fork")
-needs_bash = pytest.mark.skipif(not posix or not shutil.which("bash"), reason="no bash")
-needs_root = pytest.mark.skipif(not posix or os.geteuid(), reason="only root can be somebody else")
-
-
-@pytest.fixture
-def home(tmp_path):
-    return Home(tmp_path)
-
-
-@pytest.fixture
-def hold():
-    hold = Hold()
-    yield hold
-    hold.over.set()
-
-
-@pytest.fixture(autouse=True)
-def loopback_only(monkeypatch):
-    """Where a defect addressed another host, it is a proxy that is not there."""
-    for name in "https_proxy", "HTTPS_PROXY":
-        monkeypatch.setenv(name, NOWHERE)
-    for name in "no_proxy", "NO_PROXY":
-        monkeypatch.setenv(name, "localhost,127.0.0.1")
-    del addressed[:]
-    yield
-
-
-def ids(table):
-    return [str(row[0]) for row in table]
-
-
-def table(rows, *columns):
-    """Parametrize a test by rows, named by their first column."""
-    return pytest.mark.parametrize(",".join(columns), rows, ids=ids(rows))
 
 
 # Gate: prerequisites, consent, token, endpoint.
-
-def no_consent(home):
-    home.configure(telemetry="off")
-
-
-def no_credentials(home):
-    home.find("credentials").unlink()
-
-
-def nothing_new(home):
-    home.write(".sync-offsets", {"usage_bytes": home.size("usage"),
-                                 "feedback_bytes": home.size("feedback")})
-
 
 PREREQUISITES = [
     ("1. SM_TEL is community or anonymous", no_consent, "telemetry is off"),
@@ -128,11 +79,16 @@ def test_credentials_without_a_usable_token_count_as_none(home, content):
     assert b"LEAK" not in shown.out + shown.err
 
 
-@pytest.mark.parametrize("token", ["!", "~", "!~" * 40, "a.b-c_d=="])
+@pytest.mark.parametrize("token", ["#!", "~~", "!~" * 40, "a.b-c_d=="])
 def test_a_token_of_printable_ascii_is_sent_as_it_is(home, token):
     home.fill(1)
     home.write("credentials", {"accessToken": token, "more": "ignored"})
-    assert synced(home).requests[0].headers["Authorization"] == "Bearer " + token
+    request, = synced(home).requests
+    assert (request.method, request.path) == ("POST", PATH)
+    assert request.headers["Authorization"] == "Bearer " + token
+    assert request.headers["Content-Type"] == "application/json"
+    assert request.headers["User-Agent"] == "secondme_sync/" + s.VERSION
+    assert token.encode() not in request.body
 
 
 CONSENT = [  # config's telemetry, environment, mode, in the reason
@@ -248,16 +204,6 @@ def test_another_base_url_is_contacted_by_no_packet(home, base_url):
     assert (home.results(), addressed) == ((0, 0, "network_error"), [])
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LocalHost"])
-@pytest.mark.parametrize("slash", ["", "/", "//"])
-def test_a_slash_at_the_end_of_base_url_is_harmless(home, host, slash):
-    home.fill(1)
-    with FakeBackend(OK, default=None) as backend:
-        home.configure(baseUrl="http://%s:%d/gate/lab%s" % (host, backend.port, slash))
-        home.sync()
-    assert [request.path for request in backend.requests] == [PATH]
-
-
 # State: the record, its file, its lock.
 
 def test_the_state_has_the_four_keys_of_the_contract_and_resume(home):
@@ -276,16 +222,6 @@ def test_the_state_has_the_four_keys_of_the_contract_and_resume(home):
     assert re.fullmatch(rb"\{[^\n]*\} +\n", home.state.read_bytes()) and home.is_done()
 
 
-def test_the_fingerprint_covers_what_was_seen_and_no_more(home):
-    home.append("usage", b'{"session": "a"}\n')
-    synced(home)
-    mark = home.offsets()["resume"]["usage"]
-    assert mark == {"bytes": 17, "anonymous": 0, "fingerprint": zlib.crc32(b'{"session": "a"}\n')}
-    home.append("usage", b'{"session": "b"}\n' * 99)
-    assert sessions(synced(home)) == ["b"] * 99
-    assert sessions(synced(home)) == []
-
-
 def test_the_longest_record_fits_its_sector(home):
     most = (1 << 63) - 1
     home.write(".sync-offsets", {
@@ -300,16 +236,6 @@ def test_the_longest_record_fits_its_sector(home):
     home.log("usage", 1)
     assert sessions(synced(home)) == ["s-1"]
     assert home.offsets()["resume"]["feedback"]["bytes"] == most
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_the_state_of_the_older_script_is_gone_on_from(home, indent):
-    home.log("usage", 1, 2)
-    home.write(".sync-offsets", json.dumps({
-        "usage_bytes": home.size("usage"), "feedback_bytes": 0, "last_sync_result": "ok",
-        "last_sync_ts": "2025-12-31T00:00:00Z"}, indent=indent))
-    home.log("usage", 3)
-    assert sessions(synced(home)) == ["s-3"] and home.is_done()
 
 
 @pytest.mark.parametrize("value", [
@@ -586,6 +512,9 @@ def test_a_whole_event_without_newline_is_sent_once(home, rest):
 ONE = len(line(usage(1)))
 EDITS = [  # what is done to a log of which 0..4 were sent; which of 0..4 and 9 are sent then
     ("nothing", lambda text: text, [9]), ("emptied", lambda text: b"", [9]),
+    ("another, smaller", lambda text: line(usage(5)), [5, 9]),
+    ("another, larger", lambda text: b"".join(map(line, map(usage, range(5, 15)))),
+     [*range(5, 15), 9]),
     ("its third line deleted", lambda text: text[:2 * ONE] + text[3 * ONE:], []),  # 9 once it is
     ("its last line deleted", lambda text: text[:-ONE], []),  # seen to be shorter, as README says
     ("cut in its last line", lambda text: text[:-9], []),
@@ -612,15 +541,6 @@ def test_an_edited_log_is_known_by_its_first_256_bytes(home, name, edit, sent, n
     home.log("usage", 9)
     assert first + sessions(synced(home)) == names("s", *(sent or [9] * noticed))
     assert home.offsets()["usage_bytes"] == home.size("usage")
-
-
-@pytest.mark.parametrize("unlink", [True, False], ids=["replaced", "truncated"])
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 40])
-def test_a_log_begun_again_is_read_from_its_beginning(home, unlink, count):
-    home.fill(3, 1)
-    synced(home)
-    home.restart("usage", *range(5, 5 + count), unlink=unlink)
-    assert sessions(synced(home)) == names("s", *range(5, 5 + count)) and home.is_done()
 
 
 @pytest.mark.parametrize("unlink", [True, False], ids=["replaced", "truncated"])
@@ -760,32 +680,20 @@ def test_a_bad_last_line_without_newline_keeps_nothing_back(home, text):
 
 
 @pytest.mark.parametrize("breakage", sorted(BREAKAGES))
-@pytest.mark.parametrize("name", ["config", "credentials"])
-def test_without_readable_consent_and_token_nothing_is_sent(home, name, breakage):
+@pytest.mark.parametrize("name, arrive", [
+    ("config", []), ("credentials", []), (".device-id", ["s-0", "f-0"]), ("usage.jsonl", ["f-0"])])
+def test_a_broken_file_counts_as_none(home, name, arrive, breakage):
     home.fill(1, 1)
-    break_file(home, name, breakage)
-    assert home.sync()[0].startswith(("telemetry is off", "not logged in"))
-    assert home.offsets() is None
-
-
-@pytest.mark.parametrize("breakage", sorted(BREAKAGES))
-def test_a_broken_device_id_keeps_nothing_back(home, breakage):
-    sent = home.fill(1, 1)
-    break_file(home, ".device-id", breakage)
-    backend = synced(home)
-    assert sessions(backend) == sent and home.is_done()
+    with FakeBackend() as backend:
+        home.configure(baseUrl=backend.url)
+        path = break_file(home, name, breakage)
+        home.sync()
+        remove(path)
+    assert sessions(backend) == arrive
+    assert (home.results() or [0, 0, None])[1:] == (
+        (home.size("feedback"), "ok") if arrive else [0, None])
     if breakage not in ("other type", "deep"):  # which are text, of a kind
-        assert "deviceId" not in backend.bodies()[0]
-
-
-@pytest.mark.parametrize("breakage", sorted(BREAKAGES))
-def test_a_broken_log_does_not_keep_back_the_other(home, breakage):
-    home.log("feedback", 1)
-    path = break_file(home, "usage.jsonl", breakage)
-    assert sessions(synced(home)) == ["f-1"]
-    remove(path)
-    home.log("usage", 1)
-    assert sessions(synced(home)) == ["s-1"] and home.is_done()
+        assert name != ".device-id" or "deviceId" not in backend.bodies()[0]
 
 
 @pytest.mark.parametrize("name", [".secondme", "analytics"])
@@ -910,19 +818,6 @@ def test_a_body_is_of_512_kib_at_most_or_of_one_event(home, count, text, expecte
 
 
 # Consent that holds: what was pending in anonymous mode stays anonymous.
-
-def run_in(mode, *answers, **options):
-    """Return a step: sync in a mode, with these answers."""
-    def step(home):
-        home.configure(telemetry=mode)
-        return modes(synced(home, *answers, **options))
-    return step
-
-
-def log_more(home):
-    home.log("usage", *range(50, 53))
-    home.log("feedback", 50)
-
 
 HISTORIES = [  # steps after 3 usage events and a feedback were logged; the bodies of the last
     ("seen by a run that fails", [run_in("anonymous", answer(500)), run_in("community")],
@@ -1099,16 +994,6 @@ def test_retry_after_is_clamped_to_10_seconds(header, seconds):
         assert s.retry_delay(status, header, 1767225600.0) is None
 
 
-def test_a_request_has_token_type_and_user_agent(home):
-    home.fill(1)
-    request, = synced(home).requests
-    assert (request.method, request.path) == ("POST", PATH)
-    assert request.headers["Authorization"] == "Bearer " + TOKEN
-    assert request.headers["Content-Type"] == "application/json"
-    assert request.headers["User-Agent"] == "secondme_sync/" + s.VERSION
-    assert TOKEN.encode() not in request.body
-
-
 TOO_LARGE = [  # events, answers; the sizes of the bodies, the result, what the next run sends
     (BATCH, [answer(413)], [BATCH, BATCH // 2, BATCH // 2], "ok", 0),
     (BATCH, [answer(413)] * 2, [BATCH, BATCH // 2] + [BATCH // 4] * 4, "ok", 0),
@@ -1132,12 +1017,6 @@ def test_413_costs_few_requests(home, large, limit, requests):
                         for number in range(10 * BATCH)])
     backend = synced(home, *[limited(limit)] * 60)
     assert home.is_done() and len(backend.requests) <= requests + 3
-
-
-@pytest.fixture
-def tls_backend():
-    with FakeBackend(context=tls_context()) as backend:
-        yield backend
 
 
 @pytest.mark.skipif(not posix, reason="Windows drops what was received before a reset")
@@ -1297,17 +1176,6 @@ def test_no_request_is_begun_that_would_have_to_be_cut_short(home, answering, se
     assert sessions(synced(home)) == sent[begun * BATCH:] and home.is_done()
 
 
-def test_a_backlog_larger_than_the_time_is_drained_without_repeating(home):
-    sent = home.fill(9 * BATCH)
-    with FakeBackend(*[after(0.12)] * 40) as backend:
-        home.configure(baseUrl=backend.url)
-        for _ in range(12):
-            assert home.run("--max-time", "0.8") == SILENT
-            if home.is_done():
-                break
-    assert sessions(backend) == sent and home.is_done()
-
-
 @pytest.mark.parametrize("first, seconds, waits, result", [
     (answer(429, Retry_After=9), 9, [], "server_error"), (answer(503), 2, [], "server_error"),
     (answer(429, Retry_After=9), 9.1, [9], "ok"), (answer(503), 2.1, [2], "ok")])
@@ -1457,22 +1325,6 @@ def test_a_dead_address_of_a_host_costs_4_seconds_not_the_run(home, monkeypatch)
 
 # Killed at any moment, any call failing, consent withdrawn.
 
-def test_runs_killed_at_random_moments_lose_nothing(home):
-    chance = random.Random(16)
-    sent, kills = home.fill(10 * BATCH, 250), 0
-    with FakeBackend(*[after(0.01)] * 2000) as backend:
-        home.configure(baseUrl=backend.url)
-        for _ in range(12):
-            run = home.spawn()
-            time.sleep(chance.uniform(0.02, 0.25))
-            run.kill()
-            kills += wait(run).code != 0
-            assert home.offsets() is None or isinstance(home.offsets(), dict)
-        assert home.run() == SILENT
-    assert set(sessions(backend)) == set(sent) and home.is_done()
-    assert repeats(sessions(backend)) <= BATCH * kills
-
-
 @pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
 def test_a_run_killed_at_an_answer_repeats_that_batch_alone(home, answered):
     sent, runs = home.fill(3 * BATCH), []
@@ -1569,23 +1421,6 @@ def test_a_dry_run_prints_the_bodies_of_the_next_run_byte_for_byte(home):
     assert sessions(backend)[:30] == names("s", *range(BATCH, BATCH + 30)) and len(printed) > 2
 
 
-@pytest.mark.parametrize("change, environ, said", [
-    (None, {}, "now:       a sync would send what is pending"), (no_consent, {}, "nothing: telemetry is off"),
-    (no_credentials, {}, "nothing: not logged in"), (nothing_new, {}, "nothing: nothing is pending"),
-    (None, {"DO_NOT_TRACK": "1"}, "DO_NOT_TRACK"), (None, {"SM_TEL": "off"}, "SM_TEL"),
-    (lambda home: home.configure(baseUrl="http://example.test"), {}, "baseUrl must")])
-def test_a_dry_run_prints_what_a_sync_would_send_or_why_nothing(home, change, environ, said):
-    home.fill(3, 2)
-    if change:
-        change(home)
-    result = home.main("--dry-run", **environ)
-    assert (result.code, said in result.err.decode()) == (0, True)
-    assert result.err.count(b"\n") == 7 and len(result.out.splitlines()) == (change is None and
-                                                                            not environ)
-    assert b"3 usage, 2 feedback" in result.err or change is nothing_new
-    assert TOKEN.encode() not in result.out + result.err
-
-
 @pytest.mark.parametrize("change", [no_consent, no_credentials, None, "SM_TEL"])
 @pytest.mark.parametrize("mode", sorted(BODIES))
 def test_a_person_can_look_before_agreeing(home, change, mode):
@@ -1617,11 +1452,6 @@ def test_on_a_terminal_a_dry_run_is_indented(home, encoding, intent):
     os.close(ours)
     assert wait(process).code == 0 and b'\n  "telemetryMode": "community"' in shown
     assert '"user_intent": "' + intent in shown.decode("utf-8")
-
-
-def unreadable(home):
-    home.restart("usage", unlink=True)
-    home.find("usage.jsonl").mkdir()
 
 
 STATUS = [  # what is so; what --status says of it
@@ -1662,6 +1492,9 @@ def test_status_tells_how_things_stand_and_why(home, change, environ, said):
     assert (result.code, result.err, home.snapshot()) == (0, b"", before)
     assert [part for part in ["directory: %s\n" % home.dir] + said if part not in text] == []
     assert TOKEN not in text and "word" not in text and text.count("\n") == 7
+    dry = home.main("--dry-run", **environ)  # prints the bodies, or why there is none
+    assert (dry.code, dry.err) == (0, result.out)
+    assert bool(dry.out) is ("now:       a sync would send what is pending" in text)
 
 
 def test_status_shows_any_directory_on_any_terminal(home):
@@ -1948,12 +1781,6 @@ def test_ctrl_c_while_it_imports_shows_nothing(home):
 
 # The file: pasted, vendored, imported.
 
-def paste(home, command):
-    """Run the script out of a heredoc, as a skill's markdown has it."""
-    text = "%s %s\n%sSYNC_EOF\n" % (shlex.quote(sys.executable), command, SOURCE.decode("ascii"))
-    return wait(home.start(["bash", "-c", text]))
-
-
 @needs_bash
 @pytest.mark.parametrize("command", [
     "- <<'SYNC_EOF'", "<<'SYNC_EOF'", "<< 'SYNC_EOF'", "-I - <<'SYNC_EOF'", "<<SYNC_EOF",
@@ -2072,21 +1899,6 @@ def block(words):
     """Return the README's one bash block that holds words, the script pasted where it says so."""
     text, = [text for text in BLOCKS if words in text]
     return re.sub("^# the content of .*\n", lambda _: SOURCE.decode("ascii"), text, flags=re.M)
-
-
-@pytest.fixture
-def machine(home):
-    """A home of a user with a python3 and the skill; its shell runs a text in bash."""
-    skill, bin = home.path / ".claude" / "skills" / "secondme", home.path / "bin"
-    for folder in skill, bin:
-        folder.mkdir(parents=True)
-    shutil.copy(str(SCRIPT), str(skill))
-    (bin / "python3").write_text("#!/bin/sh\nexec %s \"$@\"\n" % shlex.quote(sys.executable))
-    (bin / "python3").chmod(0o755)
-    bash = shutil.which("bash")
-    home.shell = lambda text, path="%s:/usr/bin:/bin" % bin: wait(
-        home.start([bash, "-c", text], {"PATH": path}))
-    return home
 
 
 @needs_bash
