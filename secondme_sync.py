@@ -13,7 +13,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    sys.excepthook = lambda *error: os._exit(0)  # silent, even if Ctrl-C comes while it imports
+    sys.excepthook = lambda *error: os._exit("--skip-pending" in sys.argv)  # silent from here on
     sys.path = [path for path in sys.path if path]  # pasted: nothing from the working directory
 
 import codecs
@@ -37,14 +37,14 @@ REQUEST_SECONDS = 10  # also the longest wait that a Retry-After gets
 RUN_SECONDS = 30  # see --max-time
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # before the one retry
 
-BOTH = ("skill", "ts", "version", "os", "arch", "outcome", "phases_used")
+BOTH = ("skill", "ts", "version", "os", "arch", "outcome", "phases_used")  # of either log
 ANONYMOUS = {  # the fields of each log that anonymous mode sends
     "usage": BOTH + ("event", "duration_s", "error_class"),
     "feedback": BOTH + ("references_loaded", "rating", "issues")}
 COMMUNITY = {  # those that community mode adds
     "usage": ("session", "user_intent", "error_message"),
     "feedback": ("session", "user_intent", "actions_summary", "error_summary", "comment")}
-DEFAULTS = {  # of fields that an event lacks; null, and others that it lacks, are not sent
+DEFAULTS = {  # if an event lacks these; what else it lacks, and null, is not sent
     "skill": "secondme", "ts": "", "phases_used": [], "references_loaded": [], "issues": []}
 LOGS = tuple(ANONYMOUS)  # analytics/<name>.jsonl
 MARK = ("bytes", "anonymous", "fingerprint")  # see Log.mark
@@ -222,7 +222,7 @@ def locked_state(folder):
                 os.close(directory)
             yield state
     except OSError as error:
-        raise Stop(f"progress cannot be recorded: {error.strerror}")
+        raise Stop(f"progress cannot be recorded: {error.strerror or error}")
 
 
 def lock_file(file):
@@ -623,9 +623,9 @@ def main(argv):
     def tell(text):
         if verbose or action is skip_pending:
             show("secondme_sync: " + text, sys.stderr)
-    skills = {(): watched_sync, ("--pending",): pending, ("--background",): background}
-    action, home, seconds, verbose = skills.get(tuple(argv)), "~/.secondme", RUN_SECONDS, False
-    if not action:  # what skills call is sooner there without the parser
+    plain = {(): watched_sync, ("--pending",): pending, ("--background",): background}
+    action, home, seconds, verbose = plain.get(tuple(argv)), "~/.secondme", RUN_SECONDS, False
+    if not action:  # those above, as skills call them, are quicker without the parser
         action, home, seconds, verbose = parse_args(argv)
     try:
         action(Run(os.path.abspath(os.path.expanduser(home)), os.environ, seconds, tell))
