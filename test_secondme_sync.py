@@ -21,6 +21,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 import zlib
 
 import pytest
@@ -1976,11 +1978,25 @@ def test_the_readmes_backend_answers_in_turn_and_prints_what_comes(home, words, 
     for _ in words:
         home.sync()
     home.sync()
-    shown = [process.stdout.readline().decode() for _ in answers]
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(url)
+    shown = [process.stdout.readline().decode() for _ in answers + ["404"]]
     process.kill()
     wait(process)
-    assert [text.split()[-1] for text in shown] == answers
-    assert "community mode, 1 events, deviceId: arch " in shown[0] and TOKEN not in "".join(shown)
+    assert [text.split()[-1] for text in shown] == answers + ["404"]
+    assert "community mode, 1 event, deviceId: arch " in shown[0] and TOKEN not in "".join(shown)
+
+
+@needs_bash
+def test_the_readmes_backend_can_be_tried_as_it_says(machine):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = block("fake_backend").replace("8787", str(port)).replace("503 429", "401")  # no waits
+    assert text.count("/tmp/secondme-try") == 5
+    shown = machine.shell("cd '%s'\n" % ROOT + text.replace("/tmp/secondme-try", "~/try"))
+    assert shown.code == 0 and shown.out.count(b"community mode, 19 events, deviceId") == 2
+    assert re.findall(b"HTTP ([0-9]+)", shown.err) == [b"401", b"200"]
 
 
 def test_readme_and_help_name_the_same_flags(home):
@@ -2023,7 +2039,9 @@ def test_the_readmes_table_of_fields_is_what_is_sent(mode):
     (s.MAX_DEPTH, r"nested at most (\d+) deep"), (s.LINE_BYTES >> 20, r"at most (\d+) MiB long"),
     (s.FINGERPRINT_BYTES, r"first (\d+) bytes"), (s.RECORD_BYTES, r"The state is (\d+) bytes"),
     (s.VERSION, r"secondme_sync/([\d.]+)"), (repr(sorted(s.RETRY_SECONDS))[1:-1].replace(
-        ", 504", " and 504"), r"one retry of ([\d, and]+\d)")], ids=str)
+        ", 504", " and 504"), r"one retry of ([\d, and]+\d)"),
+    (s.RETRY_SECONDS[503], r"\(after (\d+) s; for 429"), (s.RETRY_SECONDS[429], r"(\d+) s if nothing"),
+    (s.REQUEST_SECONDS, r"(\d+) s at most\) \|"), (s.BASE_URL, r"to `(https[^`]*)`")], ids=str)
 def test_the_readmes_numbers_are_the_scripts(number, pattern):
     assert re.findall(pattern, README) == [str(number)]
 
