@@ -183,6 +183,7 @@ def test_https_goes_anywhere_plain_http_to_this_machine(home, base_url, endpoint
     home.configure(baseUrl=base_url)
     run = s.Run(str(home.dir), {})
     assert run.endpoint().geturl() == endpoint + "/api/secondme/telemetry/events/batch"
+    assert s.open_link(run.endpoint()).timeout == s.CONNECT_SECONDS
     home.fill(1)
     assert home.sync()[-1].startswith("network_error, no answer")
 
@@ -198,7 +199,8 @@ def test_https_goes_anywhere_plain_http_to_this_machine(home, base_url, endpoint
     "https://ex\u00e4mple.test", "https://example.test:port", "https://example.test:99999",
     "https://example.test:0", "https://example.test?x", "https://example.test/#x", " https://a.test",
     "http://[::1].example.test", "http://x[::1]", "http://example.test[::1]:80", "https://[::1]x",
-    "https://127.0.0.1%3a80", "https://[fe80::1%25lo]", "https://[x]", "https://[::1", 7, True, None.__class__.__name__ * 0 or [], {"url": "http://127.0.0.1"}])
+    "https://127.0.0.1%3a80", "https://[fe80::1%25lo]", "https://[x]", "https://[::1", 7, True, [],
+    {"url": "http://127.0.0.1"}])
 def test_another_base_url_is_contacted_by_no_packet(home, base_url):
     home.fill(1)
     home.configure(baseUrl=base_url)
@@ -736,6 +738,8 @@ def test_the_body_of_a_mode_has_these_fields_and_no_other(home, mode):
     home.log("feedback", 8)
     backend = synced(home)
     assert backend.bodies() == [BODIES[mode]]
+    assert len(backend.requests[0].body) == len(json.dumps(
+        BODIES[mode], ensure_ascii=False, separators=(",", ":")).encode("utf-8"))
     assert USAGE_TEXT["user_intent"].encode() in backend.requests[0].body or mode == "anonymous"
 
 
@@ -2036,7 +2040,9 @@ def test_the_readmes_table_of_fields_is_what_is_sent(mode):
     (s.RUN_SECONDS, r"in the foreground, (\d+) s at most"), (s.RUN_SECONDS, r"(\d+) if not given"),
     (s.REQUEST_SECONDS, r"request takes at most (\d+)"), (s.REQUEST_SECONDS, r"(\d+) s a request"),
     (s.RUN_SECONDS, r"(\d+) s a run"), (s.CONNECT_SECONDS, r"a connect (\d+) for each address"),
-    (s.MAX_DEPTH, r"nested at most (\d+) deep"), (s.LINE_BYTES >> 20, r"at most (\d+) MiB long"),
+    (s.MAX_DEPTH, r"nested at most (\d+) deep"), ("%g" % (s.LINE_BYTES / 2**20), r"at most (\d+) MiB long"),
+    ("%g" % (s.BODY_BYTES / 1024), r"of (\d+) KiB at most;"),
+    ("%g" % (s.ANSWER_BYTES / 1024), r"JSON of (\d+) KiB at most"),
     (s.FINGERPRINT_BYTES, r"first (\d+) bytes"), (s.RECORD_BYTES, r"The state is (\d+) bytes"),
     (s.VERSION, r"secondme_sync/([\d.]+)"), (repr(sorted(s.RETRY_SECONDS))[1:-1].replace(
         ", 504", " and 504"), r"one retry of ([\d, and]+\d)"),
