@@ -2041,7 +2041,7 @@ def test_the_readmes_table_of_fields_is_what_is_sent(mode):
     (s.REQUEST_SECONDS, r"request takes at most (\d+)"), (s.REQUEST_SECONDS, r"(\d+) s a request"),
     (s.RUN_SECONDS, r"(\d+) s a run"), (s.CONNECT_SECONDS, r"a connect (\d+) for each address"),
     (s.MAX_DEPTH, r"nested at most (\d+) deep"), ("%g" % (s.LINE_BYTES / 2**20), r"at most (\d+) MiB long"),
-    ("%g" % (s.BODY_BYTES / 1024), r"of (\d+) KiB at most;"),
+    ("%g" % (s.BODY_BYTES / 1024), r"of (\d+) KiB at most, one"),
     ("%g" % (s.ANSWER_BYTES / 1024), r"JSON of (\d+) KiB at most"),
     (s.FINGERPRINT_BYTES, r"first (\d+) bytes"), (s.RECORD_BYTES, r"The state is (\d+) bytes"),
     (s.VERSION, r"secondme_sync/([\d.]+)"), (repr(sorted(s.RETRY_SECONDS))[1:-1].replace(
