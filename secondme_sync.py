@@ -173,7 +173,7 @@ class State:
     def __init__(self, folder, file=None):  # open and locked, if it is to be changed
         data = file.read(LINE_BYTES) if file else read_small(folder, ".sync-offsets")
         saved = parse_object(data[:RECORD_BYTES]) or parse_object(data)
-        self.folder, self.file, self.marks = folder, file, {}
+        self.file, self.marks = file, {}
         self.record = {key: word(saved, key) for key in ("last_sync_ts", "last_sync_result")}
         for name in LOGS:
             done = self.record[name + "_bytes"] = whole(saved, name + "_bytes")
@@ -278,16 +278,16 @@ class Log:
 
 
 @contextmanager
-def open_logs(state, mode):
-    """Yield the logs that can be read, each to go on where the state says."""
+def open_logs(folder, marks, mode):
+    """Yield the logs that can be read, each to go on where its mark says."""
     with ExitStack() as stack:
         logs = []
         for name in LOGS:
-            path = os.path.join(state.folder, name + ".jsonl")
+            path = os.path.join(folder, name + ".jsonl")
             with suppress(OSError):
                 if os.path.isfile(path):
                     file = stack.enter_context(open(path, "rb"))
-                    logs.append(Log(name, file, state.marks[name], mode))
+                    logs.append(Log(name, file, marks[name], mode))
         yield logs
 
 
@@ -438,7 +438,7 @@ def check(run):
     if not run.token():
         raise Stop("not logged in")
     state = State(run.folder)
-    with open_logs(state, run.mode) as logs:
+    with open_logs(run.folder, state.marks, run.mode) as logs:
         if all(log.offset == state.record[log.name + "_bytes"]
                and next(log.lines(), None) is None for log in logs):
             raise Stop("nothing is pending")
@@ -468,7 +468,7 @@ def deliver(logs, device_id, post, save):
 def sync(run):
     """Send what is pending, and record what is accepted. Contract: Sync Implementation."""
     check(run)
-    with locked_state(run.folder) as state, open_logs(state, run.mode) as logs:
+    with locked_state(run.folder) as state, open_logs(run.folder, state.marks, run.mode) as logs:
         result = "network_error"  # until it ends otherwise
         state.save_on_disk(logs, result)  # a run that cannot record must not send
         sender = Sender(run)
@@ -543,7 +543,7 @@ def report(run):
         check(run)
     except Stop as stop:
         now = f"nothing: {stop}"
-    with open_logs(state, run.mode) as logs:
+    with open_logs(run.folder, state.marks, run.mode) as logs:
         pending = describe_pending(run.folder, logs)
     last = "{last_sync_result} {last_sync_ts}".format(**state.record).strip()
     return "\n".join([
@@ -565,7 +565,7 @@ def dry_run(run, mode):
     if not mode:
         check(run)
         run.endpoint()
-    with open_logs(State(run.folder), mode or run.mode) as logs:
+    with open_logs(run.folder, State(run.folder).marks, mode or run.mode) as logs:
         deliver(logs, run.device_id(mode or run.mode), post, save=lambda: None)
 
 
@@ -581,7 +581,7 @@ def pending(run):
 
 def skip_pending(run):
     """Mark all that is logged so far as never to be sent."""
-    with locked_state(run.folder) as state, open_logs(state, "off") as logs:
+    with locked_state(run.folder) as state, open_logs(run.folder, state.marks, "off") as logs:
         text = describe_pending(run.folder, logs)
         if "unreadable" in text:
             raise Stop(text)
