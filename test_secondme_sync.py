@@ -646,6 +646,8 @@ LINES = [  # name, line, the session that arrives, if any
     ("UTF-16", json.dumps(usage(9)).encode("utf-16"), None),
     ("nested 64 deep", b'{"session": "deep", "issues": %s%s}' % (
         b"[" * (s.MAX_DEPTH - 1), b"]" * (s.MAX_DEPTH - 1)), "deep"),
+    ("64 deep beside others", b'{"session": "by", "x": [[],[]], "issues": %s%s}' % (
+        b"[" * (s.MAX_DEPTH - 1), b"]" * (s.MAX_DEPTH - 1)), "by"),
     ("many brackets, not deep", b'{"session": "wide", "issues": [%s[]], "x": "%s"}' % (
         b"[]," * 99, b"{[" * 99), "wide"),
     ("an integer of 300 digits", b'{"session": "int", "rating": %s}' % (b"7" * 300), "int"),
@@ -1498,6 +1500,7 @@ def test_status_tells_how_things_stand_and_why(home, change, environ, said):
     assert (result.code, result.err, home.snapshot()) == (0, b"", before)
     assert [part for part in ["directory: %s\n" % home.dir] + said if part not in text] == []
     assert TOKEN not in text and "word" not in text and text.count("\n") == 7
+    assert ("as anonymous" in text) is ("as anonymous" in "".join(said))
     dry = home.main("--dry-run", **environ)  # prints the bodies, or why there is none
     assert (dry.code, dry.err) == (0, result.out)
     assert bool(dry.out) is ("now:       a sync would send what is pending" in text)
@@ -1724,6 +1727,7 @@ def test_a_stream_that_takes_nothing_is_no_fault(home, stream, flag, kind, unbuf
     if flag == "--dry-run" and stream == "stdout":
         told = told[told.index(b"now:"):].partition(b"\n")[2]  # behind the report
     assert result.code in (0, flag == "--skip-pending") and told.count(b"\n") == result.code
+    assert home.is_done() or flag != "-v"
 
 
 def test_what_head_leaves_unread_is_no_fault(home):
