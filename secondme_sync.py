@@ -414,7 +414,7 @@ class Sender:
             with suppress(OSError):  # an answer may come, and the connection end, early
                 self.link.request("POST", self.url.path, body, self.headers)
             reply, buffer, size = self.link.getresponse(), bytearray(ANSWER_BYTES), 0
-            with suppress(OSError, ValueError, http.client.HTTPException):  # the status is enough
+            with suppress(OSError, http.client.HTTPException):  # the status is enough
                 size = reply.readinto(buffer)  # read() would take all of a chunk of -1 bytes
             if not reply.isclosed() or reply.status != 200:  # not all was read, or perhaps sent
                 self.link.close()
