@@ -2,7 +2,7 @@
 
   gate    consent (config, SM_TEL, DO_NOT_TRACK), then the access token
   read    the events in the logs beyond those already accepted
-  shape   each to the fields that its mode allows, 100 in a body
+  shape   each to the fields that its mode allows, in batches
   send    by POST to {baseUrl}/api/secondme/telemetry/events/batch
   record  before the first body and after each, how far the logs are done
 
@@ -47,7 +47,6 @@ COMMUNITY = {  # those that community mode adds
 DEFAULTS = {  # if an event lacks these; what else it lacks, and null, is not sent
     "skill": "secondme", "ts": "", "phases_used": [], "references_loaded": [], "issues": []}
 LOGS = tuple(ANONYMOUS)  # analytics/<name>.jsonl
-MARK = ("bytes", "anonymous", "fingerprint")  # see Log.mark
 
 
 class Stop(Exception):
@@ -58,10 +57,9 @@ class Stop(Exception):
 def read_small(*path):
     """Return the first LINE_BYTES of a file, none if it cannot be read."""
     path = os.path.join(*path)
-    with suppress(OSError):
-        if os.path.isfile(path):  # a FIFO would block
-            with open(path, "rb") as file:
-                return file.read(LINE_BYTES)
+    if os.path.isfile(path):  # a FIFO would block
+        with suppress(OSError), open(path, "rb") as file:
+            return file.read(LINE_BYTES)
     return b""
 
 
@@ -178,7 +176,8 @@ class State:
         for name in LOGS:
             done = self.record[name + "_bytes"] = whole(saved, name + "_bytes")
             mark = member(member(saved, "resume"), name)
-            self.marks[name] = {key: whole(mark, key) for key in MARK}
+            self.marks[name] = {key: whole(mark, key)
+                                for key in ("bytes", "anonymous", "fingerprint")}
             if whole(mark, "fingerprint", None) is None:  # an older script's, if any
                 self.marks[name] = {"bytes": done}
 
@@ -216,10 +215,11 @@ def locked_state(folder):
                 file.write(b" " * (RECORD_BYTES - size))  # length would leave half a record
                 file.flush()
                 os.fsync(file.fileno())
-            if size == 0 and os.name == "posix":  # the folder has a new name in it: on disk, too
-                directory = os.open(folder, os.O_RDONLY)
-                os.fsync(directory)
-                os.close(directory)
+            if size == 0:
+                with suppress(OSError):  # the folder's new name is to be on disk, where that can be
+                    directory = os.open(folder, os.O_RDONLY)
+                    os.fsync(directory)
+                    os.close(directory)
             yield state
     except OSError as error:
         raise Stop(f"progress cannot be recorded: {error.strerror or error}")
@@ -252,8 +252,7 @@ class Log:
         self.offset, self.anonymous = mark["bytes"], mark.get("anonymous", 0)
         known = mark == self.mark() if "fingerprint" in mark else self.offset <= self.size
         if not known:  # another log, though it may hold what was to stay anonymous
-            self.anonymous = self.size if self.anonymous > self.offset else 0
-            self.offset = 0
+            self.offset, self.anonymous = 0, self.size if self.anonymous > self.offset else 0
         self.offset = min(self.offset, self.size)
         self.anonymous = self.size if mode == "anonymous" else min(self.anonymous, self.size)
 
@@ -263,17 +262,14 @@ class Log:
         return {"bytes": self.offset, "anonymous": self.anonymous, "fingerprint": zlib.crc32(seen)}
 
     def lines(self):
-        """Yield (begin, end, event) for each line to go on with, event None if it is none."""
+        """Yield (begin, end, event) for each line, event None if it is none or of a long one."""
         end = self.file.seek(self.offset)
         while end < self.size:
             begin, line = end, self.file.readline(min(LINE_BYTES, self.size - end))
-            end += len(line)
             event = parse_object(line.decode("utf-8", "replace"))
-            while event is None and not line.endswith(b"\n"):  # pass over all of a long one
-                line = self.file.readline(min(LINE_BYTES, self.size - end))
-                end += len(line)
-                if not line:
-                    return  # a torn last line waits for its rest
+            if event is None and not line.endswith(b"\n") and len(line) < LINE_BYTES:
+                return  # a torn last line waits for its rest
+            end += len(line)
             yield begin, end, event
 
 
@@ -320,8 +316,7 @@ def next_body(logs, device_id, max_size):
         ends[log] = end
     if device_id and body["telemetryMode"] == "community":
         body["deviceId"] = device_id
-    data = ENCODER.encode(body).encode("utf-8", "repair")  # of lone surrogates
-    return data, len(body["events"]), ends
+    return ENCODER.encode(body).encode("utf-8", "repair"), len(body["events"]), ends
 
 
 # Send: one connection, each request in bounded time. Contract: Error Handling.
@@ -369,21 +364,15 @@ class Sender:
         self.run, self.url, self.slowest = run, run.endpoint(), 0  # seconds of a request so far
         self.link = open_link(self.url)
         self.peer = f"{self.link.host}:{self.link.port}"  # the server's, or a proxy's
-        self.headers = {"Authorization": "Bearer " + run.token(),
+        self.agreed = run.config, run.token()
+        self.headers = {"Authorization": "Bearer " + self.agreed[1],
                         "Content-Type": "application/json",
                         "User-Agent": "secondme_sync/" + VERSION}
 
     def post(self, body):
         """Post a body, once more if the contract says so; return the result, or Stop."""
-        retried = False
-        while True:
-            if read_small(self.run.home, "config") != self.run.config:  # consent withdrawn?
-                raise Stop("config has changed")
-            if not self.has_time():
-                raise Stop("too little time is left for another request")
+        for retried in False, True:
             status, retry_after, answer = self.request(body)
-            if status == 0:
-                continue  # over a new connection
             result, delay = classify(status, answer), retry_delay(status, retry_after, time.time())
             code = whole(answer, "code", None)
             self.run.say(f"{len(body)} bytes to {self.peer}: HTTP {status}, code {code}, {result}")
@@ -391,7 +380,6 @@ class Sender:
                 return result
             self.run.say(f"retry in {delay:.0f} s")
             self.run.sleep(delay)
-            retried = True
 
     def has_time(self, delay=0):
         """Tell if a request after a delay would end in time, twice as slow as any so far."""
@@ -399,10 +387,12 @@ class Sender:
         return delay + min(2 * self.slowest, REQUEST_SECONDS) < left
 
     def request(self, body):
-        """Return (status, Retry-After, JSON object or None); 0 if a kept connection is closed."""
+        """Return (status, Retry-After, JSON object or None), or Stop."""
         import http.client
         import select
         import socket
+        if not self.has_time():
+            raise Stop("too little time is left for another request")
         kept = self.link.sock and not select.select([self.link.sock], [], [], 0)[0]
         begun = self.run.clock()
         try:
@@ -410,29 +400,36 @@ class Sender:
                 self.link.close()
                 self.link.connect()
                 self.link.sock.settimeout(REQUEST_SECONDS)
+            if (read_small(self.run.home, "config"), self.run.token()) != self.agreed:
+                raise Stop("config or login has changed")  # consent may be withdrawn
             self.run.due = min(self.run.clock() + REQUEST_SECONDS, self.run.deadline)
             with suppress(OSError):  # an answer may come, and the connection end, early
                 self.link.request("POST", self.url.path, body, self.headers)
-            reply, buffer, size = self.link.getresponse(), bytearray(ANSWER_BYTES), 0
-            with suppress(OSError, http.client.HTTPException):  # the status is enough
-                size = reply.readinto(buffer)  # read() would take all of a chunk of -1 bytes
-            if not reply.isclosed() or reply.status != 200:  # not all was read, or perhaps sent
-                self.link.close()
-            answer = None if reply.length else parse_object(bytes(buffer[:size]))
-            return reply.status, reply.getheader("Retry-After"), answer
+            return self.answer()
         except (OSError, http.client.HTTPException) as error:  # its text might hold the token
             self.link.close()
             if not kept or not isinstance(error, OSError) or isinstance(error, socket.timeout):
                 raise Stop(f"network_error, no answer ({type(error).__name__}) from {self.peer}")
-            return 0, None, None
         finally:
             self.run.due = self.run.deadline
             self.slowest = max(self.slowest, self.run.clock() - begun)
+        return self.request(body)  # the server had closed the kept connection: over a new one
+
+    def answer(self):
+        """Read what request() returns."""
+        import http.client
+        reply, buffer, size = self.link.getresponse(), bytearray(ANSWER_BYTES), 0
+        with suppress(OSError, http.client.HTTPException):  # the status is enough
+            size = reply.readinto(buffer)  # read() would take all of a chunk of -1 bytes
+        if not reply.isclosed() or reply.status != 200:  # not all was read, or perhaps sent
+            self.link.close()
+        answer = None if reply.length else parse_object(bytes(buffer[:size]))
+        return reply.status, reply.getheader("Retry-After"), answer
 
 
 # The run, and what else the command line offers.
 def check(run):
-    """Stop unless there is consent, a token, and something to send or record."""
+    """Stop unless there is consent, a token, something to send or record, and leave to record."""
     if run.mode == "off":
         raise Stop("telemetry is off: " + run.reason)
     if not run.token():
@@ -442,6 +439,9 @@ def check(run):
         if all(log.offset == state.record[log.name + "_bytes"]
                and next(log.lines(), None) is None for log in logs):
             raise Stop("nothing is pending")
+    path = os.path.join(run.folder, ".sync-offsets")
+    if not os.access(path if os.path.exists(path) else run.folder, os.R_OK | os.W_OK):
+        raise Stop("progress cannot be recorded: no permission")
 
 
 def deliver(logs, device_id, post, save):
@@ -584,7 +584,7 @@ def skip_pending(run):
     with locked_state(run.folder) as state, open_logs(run.folder, state.marks, "off") as logs:
         text = describe_pending(run.folder, logs)
         if "unreadable" in text:
-            raise Stop(text)
+            raise Stop("nothing is skipped: " + text)
         for log in logs:
             log.offset = max((end for _, end, _ in log.lines()), default=log.offset)
         state.save_on_disk(logs, "skipped")
@@ -597,7 +597,7 @@ def parse_args(argv):
     usage = "%(prog)s [flags]; without flags it sends what is pending, silently"
     parser = argparse.ArgumentParser("secondme_sync", usage, allow_abbrev=False)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--dry-run", nargs="?", const="", choices=("", "anonymous", "community"),
+    group.add_argument("--dry-run", nargs="?", const=False, choices=("anonymous", "community"),
                        metavar="MODE", help="print the bodies that would be posted, or in MODE")
     for flag, action, text in (
             ("--status", lambda run: show(report(run), sys.stdout), "say how things stand"),
