@@ -481,14 +481,14 @@ def sync(run):
 
 def watched_sync(run):
     """Sync, and end the process when due: nothing else ends a look-up of names that hangs."""
-    def watch():
-        while run.clock() < run.due:
+    def watch(say, grace):
+        while run.clock() < run.due + grace:
             time.sleep(0.1)
-        _thread.start_new_thread(run.say, ("time is up",))  # by another: it may hang, too
-        time.sleep(0.1)
+        say("time is up")
         os._exit(0)
     import _thread
-    _thread.start_new_thread(watch, ())
+    _thread.start_new_thread(watch, (run.say, 0))
+    _thread.start_new_thread(watch, (lambda text: None, 0.5))  # if the other hangs in saying so
     sync(run)
 
 
