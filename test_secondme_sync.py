@@ -1973,13 +1973,14 @@ def test_the_readme_names_all_that_the_script_has(pattern, holds):
 
 @pytest.mark.parametrize("mode", sorted(BODIES))
 def test_the_readmes_table_of_fields_is_what_is_sent(mode):
-    rows = re.findall(r"^\| (`.*?`) \| .* \| (\w+) \| (\w+) \|$", README, re.M)
-    said = {name for found, community, anonymous in rows for name in re.findall(r"`(\w+)`", found)
-            if (community if mode == "community" else anonymous) == "sent"}
+    rows = re.findall(r"^\| (`.*?`) \| (\w+) \| .* \| (\w+) \| (\w+) \|$", README, re.M)
     event = {name: 1 for fields in (s.ANONYMOUS, s.COMMUNITY) for log in s.LOGS
              for name in fields[log]}
-    fields = {field for log in s.LOGS for field in s.shape_event(mode, log, event)}
-    assert said == fields | ({"deviceId"} if mode == "community" else set())
+    for log in s.LOGS:
+        said = {name for found, of, *sent in rows for name in re.findall(r"`(\w+)`", found)
+                if of in (log, "both") and sent[mode == "anonymous"] == "sent"}
+        assert said == set(s.shape_event(mode, log, event))
+    assert "| `deviceId` | each request | the content of `.device-id` | sent | never |" in README
 
 
 @pytest.mark.parametrize("number, pattern", [
