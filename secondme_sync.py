@@ -580,7 +580,7 @@ def pending(run):
 
 
 def skip_pending(run):
-    """Mark all that is logged so far as never to be sent."""
+    """Mark all lines logged so far, but not one half written, as never to be sent."""
     with locked_state(run.folder) as state, open_logs(run.folder, state.marks, "off") as logs:
         text = describe_pending(run.folder, logs)
         if "unreadable" in text:
