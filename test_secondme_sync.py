@@ -1069,7 +1069,7 @@ def test_the_token_stays_in_the_tunnel_of_a_proxy(home, tls_backend, variable, l
     assert b"bytes to localhost:%d: HTTP 200" % proxy.server_address[1] in said.err
     head, = proxy.heads
     assert head.startswith(b"CONNECT 127.0.0.1:%d HTTP/1." % tls_backend.port)
-    assert (b"Proxy-Authorization: %s\r\n" % (header or b"") in head) == (header is not None)
+    assert re.findall(b"Proxy-Authorization: (.*)\r\n", head) == [header] * (header is not None)
     assert len(proxy.seen) > 1000
     assert TOKEN.encode() not in head + bytes(proxy.seen) and b"Bearer" not in head
     assert not any(name.lower().startswith("proxy") for request in tls_backend.requests
@@ -1511,7 +1511,7 @@ def test_skip_pending_keeps_what_was_logged_local_for_ever(tmp_path, mode, token
     home.append("usage", torn[:40])
     before = home.snapshot()
     result = home.main("--skip-pending")
-    assert (result.code, result.err, b"2 usage, 1 feedback events" in result.out) == (0, b"", True)
+    assert (result.code, result.err, result.out[:26]) == (0, b"", b"never to be sent: 2 usage,")
     assert home.changed(before) == {".sync-offsets"}
     home.configure(telemetry="community")
     home.write("credentials", {"accessToken": TOKEN})
@@ -1524,7 +1524,7 @@ def test_skip_pending_keeps_what_was_logged_local_for_ever(tmp_path, mode, token
 
 @pytest.mark.parametrize("change, reason", [
     (lambda home: home.state.mkdir(), "cannot be recorded"),
-    (lambda home: [synced(home), foreign(home, 700), unreadable(home)], "unreadable usage"),
+    (lambda home: [synced(home), foreign(home, 700), unreadable(home)], "is skipped: unreadable"),
     (lambda home: shutil.rmtree(str(home.analytics)), "cannot be recorded: No such file")])
 def test_skip_pending_that_fails_says_why(home, change, reason):
     home.fill(1)
