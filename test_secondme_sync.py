@@ -38,7 +38,7 @@ from harness import (  # noqa: E402
     foreign, full_disk, half_a_header, half_an_answer, hold, home, http_date, limited, line,
     log_more, machine, modes, move_elsewhere, names, needs_bash, needs_fork, needs_limits,
     needs_modes, needs_root, needs_signals, no_consent, no_credentials, no_http,
-    nothing_new, open_to_all, paste, play, posix, pour, refers_to, remove, repeats, reply_and_close,
+    nothing_new, open_home, paste, play, posix, pour, refers_to, remove, repeats, reply_and_close,
     reply_and_close_later, reply_twice, run_in, sessions, sizes, spoil, synced, table, then,
     tls_backend, tls_context, torn, unreadable, until, usage, useless, wait, secondme_sync as s)
 
@@ -313,8 +313,8 @@ def test_a_new_state_is_for_its_owner_alone_another_keeps_its_mode(home, umask, 
 
 
 @needs_root
-def test_a_run_as_root_between_two_of_a_users_changes_nothing_for_the_user(home):
-    open_to_all(home)
+def test_a_run_as_root_between_two_of_a_users_changes_nothing_for_the_user(open_home):
+    home = open_home
     for path in home.path.rglob("*"):
         os.chown(str(path), 65534, 65534)
     with FakeBackend() as backend:
@@ -360,9 +360,9 @@ def test_on_a_full_disk_nothing_is_sent_till_there_is_room(home, before):
 
 @needs_root
 @pytest.mark.parametrize("path", ["", ".sync-offsets"])
-def test_in_a_folder_or_state_of_another_owner_nothing_is_sent_till_it_is_writable(home, path):
+def test_in_a_folder_or_state_of_another_owner_nothing_is_sent_till_it_is_writable(open_home, path):
+    home = open_home
     sent = home.fill(2, 1)
-    open_to_all(home)
     if path:
         home.write(path, {})
         home.find(path).chmod(0o644)
