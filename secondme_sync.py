@@ -182,7 +182,7 @@ class State:
                 self.marks[name] = {"bytes": done}
 
     def save(self, logs, result="network_error"):
-        """Overwrite the record by one write: a reader or power cut meets the old or the new one."""
+        """Overwrite the record by one write: a kill or power cut leaves the old or the new one."""
         for log in logs:
             self.marks[log.name] = log.mark()
             if result in ("ok", "skipped"):
@@ -262,14 +262,17 @@ class Log:
         return {"bytes": self.offset, "anonymous": self.anonymous, "fingerprint": zlib.crc32(seen)}
 
     def lines(self):
-        """Yield (begin, end, event) for each line, event None if it is none or of a long one."""
+        """Yield (begin, end, event) for each line to go on with, event None if it is none."""
         end = self.file.seek(self.offset)
         while end < self.size:
             begin, line = end, self.file.readline(min(LINE_BYTES, self.size - end))
-            event = parse_object(line.decode("utf-8", "replace"))
-            if event is None and not line.endswith(b"\n") and len(line) < LINE_BYTES:
-                return  # a torn last line waits for its rest
             end += len(line)
+            event = parse_object(line.decode("utf-8", "replace"))
+            while event is None and not line.endswith(b"\n"):  # pass over all of a long one
+                line = self.file.readline(min(LINE_BYTES, self.size - end))
+                end += len(line)
+                if not line:
+                    return  # a torn last line waits for its rest
             yield begin, end, event
 
 
@@ -364,8 +367,8 @@ class Sender:
         self.run, self.url, self.slowest = run, run.endpoint(), 0  # seconds of a request so far
         self.link = open_link(self.url)
         self.peer = f"{self.link.host}:{self.link.port}"  # the server's, or a proxy's
-        self.agreed = run.config, run.token()
-        self.headers = {"Authorization": "Bearer " + self.agreed[1],
+        self.agreed = run.config, run.token() or None  # see request
+        self.headers = {"Authorization": f"Bearer {self.agreed[1]}",
                         "Content-Type": "application/json",
                         "User-Agent": "secondme_sync/" + VERSION}
 
@@ -383,8 +386,7 @@ class Sender:
 
     def has_time(self, delay=0):
         """Tell if a request after a delay would end in time, twice as slow as any so far."""
-        left = self.run.deadline - self.run.clock()
-        return delay + min(2 * self.slowest, REQUEST_SECONDS) < left
+        return delay + min(2 * self.slowest, REQUEST_SECONDS) < self.run.deadline - self.run.clock()
 
     def request(self, body):
         """Return (status, Retry-After, JSON object or None), or Stop."""
@@ -396,12 +398,13 @@ class Sender:
         kept = self.link.sock and not select.select([self.link.sock], [], [], 0)[0]
         begun = self.run.clock()
         try:
-            if not kept:  # nor one that has something to say: its end, or what nobody asked
-                self.link.close()
-                self.link.connect()
-                self.link.sock.settimeout(REQUEST_SECONDS)
-            if (read_small(self.run.home, "config"), self.run.token()) != self.agreed:
-                raise Stop("config or login has changed")  # consent may be withdrawn
+            for connected in kept, True:  # that may take long: asked before it and after
+                if (read_small(self.run.home, "config"), self.run.token()) != self.agreed:
+                    raise Stop("config or login has changed")  # consent may be withdrawn
+                if not connected:  # or it has something to say: its end, or what nobody asked
+                    self.link.close()
+                    self.link.connect()
+                    self.link.sock.settimeout(REQUEST_SECONDS)
             self.run.due = min(self.run.clock() + REQUEST_SECONDS, self.run.deadline)
             with suppress(OSError):  # an answer may come, and the connection end, early
                 self.link.request("POST", self.url.path, body, self.headers)
@@ -429,7 +432,7 @@ class Sender:
 
 # The run, and what else the command line offers.
 def check(run):
-    """Stop unless there is consent, a token, something to send or record, and leave to record."""
+    """Stop unless there is consent, a token, and something to send or record."""
     if run.mode == "off":
         raise Stop("telemetry is off: " + run.reason)
     if not run.token():
@@ -439,9 +442,6 @@ def check(run):
         if all(log.offset == state.record[log.name + "_bytes"]
                and next(log.lines(), None) is None for log in logs):
             raise Stop("nothing is pending")
-    path = os.path.join(run.folder, ".sync-offsets")
-    if not os.access(path if os.path.exists(path) else run.folder, os.R_OK | os.W_OK):
-        raise Stop("progress cannot be recorded: no permission")
 
 
 def deliver(logs, device_id, post, save):
@@ -518,7 +518,7 @@ def background(run):
 
 def show(text, stream):
     """Print a text for people, as escapes what the stream cannot show, if it is open."""
-    with suppress(AttributeError, OSError, ValueError):
+    with suppress(AttributeError, OSError):
         data = text.encode(stream.encoding, "backslashreplace")
         print(data.decode(stream.encoding), file=stream, flush=True)
 
