@@ -179,7 +179,8 @@ def test_https_goes_anywhere_plain_http_to_this_machine(home, base_url, endpoint
     home.configure(baseUrl=base_url)
     run = s.Run(str(home.dir), {})
     assert run.endpoint().geturl() == endpoint + "/api/secondme/telemetry/events/batch"
-    assert s.open_link(run.endpoint()).timeout == s.CONNECT_SECONDS
+    link, port = s.open_link(run.endpoint()), run.endpoint().port or 80
+    assert link.timeout == s.CONNECT_SECONDS and link.port in (port, 9)  # 9: see closed_network
     home.fill(1)
     assert home.sync()[-1].startswith("network_error, no answer")
 
@@ -588,13 +589,10 @@ def test_an_end_that_was_not_recorded_is_recorded_without_a_request(home, stale)
     assert synced(home).requests == [] and home.is_done()
 
 
-def test_a_log_without_events_is_done_without_a_request(home):
-    home.append("usage", b"\nno event\n")
+def test_what_is_passed_over_is_recorded_on_the_way_without_a_request(home):
+    home.append("usage", b"no event\n")
     assert synced(home).connections == 0 and home.is_done()
-
-
-def test_what_is_passed_over_is_recorded_on_the_way(home):
-    home.append("usage", b"no event\n" * 150000)
+    home.append("usage", b"no event\n" * 149999)
     home.log("usage", 1)
     synced(home, answer(500))
     assert 1350000 - s.BODY_BYTES <= home.offsets()["resume"]["usage"]["bytes"] <= 1350000
@@ -796,6 +794,15 @@ def test_a_body_is_of_512_kib_at_most_or_of_one_event(home, count, text, expecte
     assert sizes(backend) == expected and sessions(backend) == names("s", *range(count))
 
 
+def test_a_body_of_512_kib_is_one(home):
+    event = b'{"user_intent":"%s"}\n'
+    home.append("usage", event % b"a" * 2)
+    size = len(home.main("--dry-run").out.strip())
+    home.restart("usage")
+    home.append("usage", event % b"a" + event % (b"a" * (s.BODY_BYTES - size + 1)))
+    assert [len(request.body) for request in synced(home).requests] == [s.BODY_BYTES]
+
+
 # Consent that holds: what was pending in anonymous mode stays anonymous.
 
 HISTORIES = [  # steps after 3 usage events and a feedback were logged; the bodies of the last
@@ -813,7 +820,6 @@ HISTORIES = [  # steps after 3 usage events and a feedback were logged; the bodi
      [("anonymous", 3), ("community", 3), ("anonymous", 1), ("community", 1)]),
     ("after a good anonymous run all goes in full", [run_in("anonymous"), log_more,
                                                      run_in("community")], [("community", 4)]),
-    ("never seen in anonymous mode", [run_in("off"), run_in("community")], [("community", 4)]),
     ("skipped", [run_in("anonymous", answer(500)), lambda home: home.main("--skip-pending"), log_more,
                  run_in("community")], [("community", 4)]),
     ("a log begun again", [run_in("anonymous"), lambda home: home.restart("usage", 90, 91),
@@ -863,9 +869,7 @@ SCENARIOS = [  # row, change, answers; then batches sent, waits, result, offsets
     ("502/503/504: 502", None, [answer(502)] * 2, "11", [2], "server_error", NOT_UPDATED),
     ("502/503/504: 503", None, [answer(503)] * 2, "11", [2], "server_error", NOT_UPDATED),
     ("502/503/504: 504", None, [answer(504)] * 2, "11", [2], "server_error", NOT_UPDATED),
-    ("502, then well", None, [answer(502)], "112", [2], "ok", UPDATED),
-    ("503, then well", None, [answer(503, Retry_After=9)], "112", [2], "ok", UPDATED),
-    ("504, then well", None, [answer(504)], "112", [2], "ok", UPDATED),
+    ("502, then well", None, [answer(502, Retry_After=9)], "112", [2], "ok", UPDATED),
     ("429, then 503", None, [answer(429, Retry_After=1), answer(503)], "11", [1], "server_error",
      NOT_UPDATED),
     ("503, then 429", None, [answer(503), answer(429)], "11", [2], "server_error", NOT_UPDATED),
@@ -1041,8 +1045,7 @@ def test_what_a_server_says_unasked_is_no_answer(home, monkeypatch):
 def test_a_certificate_must_verify(home, tls_backend, trust, host, result):
     sent = home.fill(BATCH + 1, 1)
     home.configure(baseUrl=tls_backend.url.replace("127.0.0.1", host))
-    environ = {"SSL_CERT_FILE": CERTIFICATE} if trust else {}
-    assert home.run(https_proxy=None, **environ) == SILENT
+    assert home.run(https_proxy=None, SSL_CERT_FILE=CERTIFICATE if trust else None) == SILENT
     assert home.results()[2] == result
     assert sessions(tls_backend) == (sent if result == "ok" else [])
 
@@ -1317,7 +1320,6 @@ def test_a_call_that_fails_or_is_the_last_loses_and_repeats_nothing(home, call, 
 WITHDRAWALS = [  # how, the answer meanwhile
     ("off", lambda home: home.configure(telemetry="off"), OK),
     ("no file", lambda home: home.find("config").unlink(), OK),
-    ("broken", lambda home: home.write("config", "{"), OK),
     ("before a retry", lambda home: home.configure(telemetry="off"), answer(503)),
     ("logged out", no_credentials, OK),
     ("another login", lambda home: home.write("credentials", {"accessToken": "other"}), OK),
@@ -1484,8 +1486,6 @@ PENDING = [  # name, change, environment, answer, why
     ("empty log", lambda home: home.restart("usage"), {}, "no", "nothing is pending"),
     ("a torn line alone", lambda home: home.find("usage.jsonl").write_bytes(b'{"event": "skill_r'),
      {}, "no", "nothing is pending"),
-    ("telemetry is off", no_consent, {}, "no", 'telemetry in config is "off"'),
-    ("no credentials", no_credentials, {}, "no", "not logged in"),
     ("DO_NOT_TRACK=1", None, {"DO_NOT_TRACK": "1"}, "no", 'DO_NOT_TRACK is "1"')]
 
 
