@@ -27,8 +27,8 @@ BASE_URL = "https://app.mindos.com/gate/lab"
 PATH = "/api/secondme/telemetry/events/batch"
 BATCH_EVENTS = 100
 BODY_BYTES = 512 * 1024  # a single event may be larger
-LINE_BYTES = 1024 * 1024  # of a log line, and of a small file
-ANSWER_BYTES = 64 * 1024  # read of an answer
+LINE_BYTES = 1024 * 1024  # of a log line
+SMALL_BYTES = 64 * 1024  # read of an answer, of config and the like
 MAX_DEPTH = 64  # of nesting in an event
 FINGERPRINT_BYTES = 256  # at the beginning of a log, to know it again
 RECORD_BYTES = 512  # of the state: a sector, which a disk writes whole or not at all
@@ -55,11 +55,11 @@ class Stop(Exception):
 
 # Files and JSON: what is missing, broken or of another type counts as absent.
 def read_small(*path):
-    """Return the first LINE_BYTES of a file, none if it cannot be read."""
+    """Return the first SMALL_BYTES of a file, none if it cannot be read."""
     path = os.path.join(*path)
     if os.path.isfile(path):  # a FIFO would block
         with suppress(OSError), open(path, "rb") as file:
-            return file.read(LINE_BYTES)
+            return file.read(SMALL_BYTES)
     return b""
 
 
@@ -169,7 +169,7 @@ class State:
     """The contract's four keys and, under resume, a mark for each log (see Log.mark)."""
 
     def __init__(self, folder, file=None):  # open and locked, if it is to be changed
-        data = file.read(LINE_BYTES) if file else read_small(folder, ".sync-offsets")
+        data = file.read(SMALL_BYTES) if file else read_small(folder, ".sync-offsets")
         saved = parse_object(data[:RECORD_BYTES]) or parse_object(data)
         self.file, self.marks = file, {}
         self.record = {key: word(saved, key) for key in ("last_sync_ts", "last_sync_result")}
@@ -421,7 +421,7 @@ class Sender:
     def answer(self):
         """Read what request() returns."""
         import http.client
-        reply, buffer, size = self.link.getresponse(), bytearray(ANSWER_BYTES), 0
+        reply, buffer, size = self.link.getresponse(), bytearray(SMALL_BYTES), 0
         with suppress(OSError, http.client.HTTPException):  # the status is enough
             size = reply.readinto(buffer)  # read() would take all of a chunk of -1 bytes
         if not reply.isclosed() or reply.status != 200:  # not all was read, or perhaps sent

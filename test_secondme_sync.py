@@ -922,7 +922,7 @@ def test_error_handling(home, row, change, script, batches, waits, result, offse
 ANSWERS = {  # result: (status, body) ...
     "ok": [
         (200, {"code": 0}), (201, {"code": 0, "message": "好", "data": None}), (299, {"code": 0}),
-        (202, b' {"code":0}\r\n'), (200, b'{"code": 0}' + b" " * (s.ANSWER_BYTES - 11))],
+        (202, b' {"code":0}\r\n'), (200, b'{"code": 0}' + b" " * (s.SMALL_BYTES - 11))],
     "server_error": [
         (200, {"code": 1}), (200, {"code": -1}), (200, {"code": False}), (200, {"code": 0.0}),
         (200, {"code": "0"}), (200, {"code": None}), (200, {"code": []}), (200, {}),
@@ -933,7 +933,7 @@ ANSWERS = {  # result: (status, body) ...
         (200, b"[0]"), (200, b'[{"code": 0}]'), (200, b"0"), (200, b"null"), (200, b""), (204, b""),
         (200, b"<html>OK</html>"), (200, b'{"code": 0'), (200, b'{"code": 0} {"code": 0}'),
         (200, b'\xff\xfe'), (200, b'{"code": 0, "message": "\xff"}'),
-        (200, b'{"code": 0}' + b" " * s.ANSWER_BYTES)],
+        (200, b'{"code": 0}' + b" " * s.SMALL_BYTES)],
     "auth_failed": [(401, {"code": 0})]}
 
 
@@ -1990,7 +1990,7 @@ def test_the_readmes_table_of_fields_is_what_is_sent(mode):
     (s.RUN_SECONDS, r"(\d+) s a run"), (s.CONNECT_SECONDS, r"a connect (\d+) for each address"),
     (s.MAX_DEPTH, r"nested at most (\d+) deep"), ("%g" % (s.LINE_BYTES / 2**20), r"at most (\d+) MiB long"),
     ("%g" % (s.BODY_BYTES / 1024), r"of (\d+) KiB at most, one"),
-    ("%g" % (s.ANSWER_BYTES / 1024), r"JSON of (\d+) KiB at most"),
+    ("%g" % (s.SMALL_BYTES / 1024), r"JSON of (\d+) KiB at most"),
     (s.FINGERPRINT_BYTES, r"first (\d+) bytes"), (s.RECORD_BYTES, r"The state is (\d+) bytes"),
     (s.VERSION, r"secondme_sync/([\d.]+)"), (repr(sorted(s.RETRY_SECONDS))[1:-1].replace(
         ", 504", " and 504"), r"another refusal; for ([\d, and]+\d) that"),
