@@ -1433,7 +1433,7 @@ STATUS = [  # what is so; what --status says of it
     (None, {"SM_TEL": "on"}, ['off (SM_TEL is "on")']),
     (None, {"SM_TEL": "anonymous"}, ['anonymous (SM_TEL is "anonymous")', "2 usage, 1 feedback e"]),
     (None, {"DO_NOT_TRACK": "1"}, ['off (DO_NOT_TRACK is "1")']),
-    (no_credentials, {}, ["logged in: no", "nothing: not logged in"]),
+    (no_credentials, {}, ["logged in: no\n", "nothing: not logged in\n"]),
     (lambda home: home.configure(baseUrl="http://me:word@example.test"), {},
      ["endpoint:  refused", "baseUrl must be https"]),
     (unreadable, {}, ["unreadable usage, 1 feedback events"]),
