@@ -367,7 +367,7 @@ class Sender:
         self.run, self.url, self.slowest = run, run.endpoint(), 0  # seconds of a request so far
         self.link = open_link(self.url)
         self.peer = f"{self.link.host}:{self.link.port}"  # the server's, or a proxy's
-        self.agreed = run.config, run.token() or None  # see request
+        self.agreed = run.config, run.token() or None  # without a token, never
         self.headers = {"Authorization": f"Bearer {self.agreed[1]}",
                         "Content-Type": "application/json",
                         "User-Agent": "secondme_sync/" + VERSION}
@@ -398,7 +398,7 @@ class Sender:
         kept = self.link.sock and not select.select([self.link.sock], [], [], 0)[0]
         begun = self.run.clock()
         try:
-            for connected in kept, True:  # that may take long: asked before it and after
+            for connected in kept, True:  # a connect may take long: asked before and after
                 if (read_small(self.run.home, "config"), self.run.token()) != self.agreed:
                     raise Stop("config or login has changed")  # consent may be withdrawn
                 if not connected:  # or it has something to say: its end, or what nobody asked
