@@ -1,640 +1,1459 @@
-"""Upload pending SecondMe telemetry: one file, standard library only, Python 3.6 or newer.
+"""Send pending SecondMe telemetry. One file, standard library, Python 3.6 or newer.
 
-  gate    consent (config, SM_TEL, DO_NOT_TRACK), then the access token
-  read    the events in the logs beyond those already accepted
-  shape   each to the fields that its mode allows, in batches
-  send    by POST to {baseUrl}/api/secondme/telemetry/events/batch
-  record  before the first body and after each, how far the logs are done
+If its user agreed, a SecondMe skill logs usage and feedback events on this machine,
+one JSON object a line. This program sends the events that are pending to the SecondMe
+backend and records how far it got. Without consent it reads one file, config, and ends.
 
-A run ends, silently, at the first step that says no. Under ~/.secondme it writes nothing but
-analytics/.sync-offsets. Contract: references/telemetry-sync.md of mindverse/second-me-skills.
+Usage:
+    secondme_sync.py                    send what is pending; print nothing
+    secondme_sync.py --background       the same in a new process; return at once
+    secondme_sync.py --dry-run [MODE]   print what would be sent; send nothing
+    secondme_sync.py --status           print how things stand
+    secondme_sync.py --pending          print yes or no
+    secondme_sync.py --skip-pending     mark what is logged as never to be sent
+    secondme_sync.py --help             list these and the other flags
+
+Exit code: 0, also where nothing could be sent; 2 for wrong flags; 1 where
+--skip-pending could not do what it says, or where only the last of two time limits
+could end a run.
+
+Reads, all in ~/.secondme:
+    config                     the mode agreed to: "community", "anonymous" or "off"
+    credentials                the token, which tells the backend whose events these are
+    .device-id                 sent in community mode only
+    analytics/usage.jsonl      a log; never changed
+    analytics/feedback.jsonl   a log; never changed
+    analytics/.sync-offsets    how far the logs are done
+Writes analytics/.sync-offsets and nothing else.
+
+Sends to https://app.mindos.com/gate/lab/api/secondme/telemetry/events/batch, or to the
+host that config names. What is sent in which mode: see ANONYMOUS_FIELDS below.
+
+Words that this file uses:
+    batch    up to 100 events, sent in one request
+    mark     how far a log is done, and which log that was
+    record   the 512 bytes of .sync-offsets, which hold a mark for each log
+    Stop     the exception that ends a run early, with a reason
+
+Modules for the network are imported by the functions that use them: most starts have
+nothing to send, and should cost little.
+
+The contract that the sections below refer to is references/telemetry-sync.md of
+mindverse/second-me-skills.
 """
 import os
 import sys
 
 if __name__ == "__main__":
-    sys.excepthook = lambda *error: os._exit("--skip-pending" in sys.argv)  # silent from here on
-    sys.path = [path for path in sys.path if path]  # pasted: nothing from the working directory
+    # Piped into "python3 -", a script imports modules from the working directory, which
+    # sys.path calls "". That folder may be anybody's. (The full guard is python3 -I.)
+    sys.path = [path for path in sys.path if path]
 
-import codecs
+    # Ctrl-C ends the program at once and without a traceback. A run may be killed at
+    # any moment without harm, so there is nothing to tidy up.
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import io
 import json
 import time
 import zlib
+from collections import namedtuple
 from contextlib import ExitStack, contextmanager, suppress
 
-VERSION = "1.1.0"
-BASE_URL = "https://app.mindos.com/gate/lab"
-PATH = "/api/secondme/telemetry/events/batch"
-BATCH_EVENTS = 100
-BODY_BYTES = 512 * 1024  # a single event may be larger
-LINE_BYTES = 1024 * 1024  # of a log line
-SMALL_BYTES = 64 * 1024  # read of an answer, of config and the like
-MAX_DEPTH = 64  # of nesting in an event
-FINGERPRINT_BYTES = 256  # at the beginning of a log, to know it again
-RECORD_BYTES = 512  # of the state: a sector, which a disk writes whole or not at all
-CONNECT_SECONDS = 4  # for each address of a host
-REQUEST_SECONDS = 10  # also the longest wait that a Retry-After gets
-RUN_SECONDS = 30  # see --max-time
-RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # before the one retry
+TYPE_CHECKING = False  # importing typing takes 4 ms
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+    from http.client import HTTPConnection
+    from socket import socket
+    from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Mapping
+    from typing import Optional, TextIO, Tuple
+    from urllib.parse import SplitResult
 
-BOTH = ("skill", "ts", "version", "os", "arch", "outcome", "phases_used")  # of either log
-ANONYMOUS = {  # the fields of each log that anonymous mode sends
-    "usage": BOTH + ("event", "duration_s", "error_class"),
-    "feedback": BOTH + ("references_loaded", "rating", "issues")}
-COMMUNITY = {  # those that community mode adds
-    "usage": ("session", "user_intent", "error_message"),
-    "feedback": ("session", "user_intent", "actions_summary", "error_summary", "comment")}
-DEFAULTS = {  # if an event lacks these; what else it lacks, and null, is not sent
-    "skill": "secondme", "ts": "", "phases_used": [], "references_loaded": [], "issues": []}
-LOGS = tuple(ANONYMOUS)  # analytics/<name>.jsonl
+    Post = Callable[[bytes], "Outcome"]
+    Save = Callable[[], None]
+
+VERSION = "1.2.0"
+BASE_URL = "https://app.mindos.com/gate/lab"
+EVENTS_PATH = "/api/secondme/telemetry/events/batch"
+
+BATCH_EVENTS = 100
+BATCH_BYTES = 128 * 1024  # of log lines; a longer line is a batch of its own
+MAX_LINE_BYTES = 1024 * 1024  # longer lines are passed over
+MAX_SMALL_BYTES = 64 * 1024  # read of config, credentials, a response
+BUFFER_BYTES = 32 * 1024  # of a file that is read, of a body that is sent
+FINGERPRINT_BYTES = 256  # of a log's beginning, to notice another log
+RECORD_BYTES = 512  # a disk sector, which is written whole or not at all
+
+RUN_SECONDS = 30  # --max-time
+MAX_RUN_SECONDS = 24 * 60 * 60
+CONNECT_SECONDS = 3  # for each address of a host
+IDLE_SECONDS = 10  # without any progress of a request
+MAX_DELAY_SECONDS = 10  # before a retry
+RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # before the one retry, by status
+
+# The fields of an event that are sent, by log. Contract: Anonymous Mode Stripping.
+COMMON_FIELDS = ("skill", "ts", "version", "os", "arch", "outcome", "phases_used")
+ANONYMOUS_FIELDS = {
+    "usage": COMMON_FIELDS + ("event", "duration_s", "error_class"),
+    "feedback": COMMON_FIELDS + ("references_loaded", "rating", "issues"),
+}  # type: Dict[str, Tuple[str, ...]]
+COMMUNITY_FIELDS = {
+    "usage": ANONYMOUS_FIELDS["usage"] + ("session", "user_intent", "error_message"),
+    "feedback": ANONYMOUS_FIELDS["feedback"]
+    + ("session", "user_intent", "actions_summary", "error_summary", "comment"),
+}
+FIELDS = {"anonymous": ANONYMOUS_FIELDS, "community": COMMUNITY_FIELDS}
+# Sent where an event lacks the field. Other missing fields, and nulls, are not sent.
+DEFAULTS = {
+    "skill": "secondme", "ts": "",
+    "phases_used": [], "references_loaded": [], "issues": [],
+}  # type: Dict[str, Any]
+LOGS = ("usage", "feedback")  # analytics/<name>.jsonl
+
+PASSED_OVER = "lines passed over, for they hold no event: {}"
+
+# Variables of the environment that switch telemetry off, unless empty, "0" or "false".
+OFF_SWITCHES = (
+    "DO_NOT_TRACK", "DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+)
+
+# What a base URL may look like: https to any host, plain http to this machine only. An
+# optional port and path follow. There is no user, no query and no fragment.
+HTTPS_PATTERN = r"https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
+BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+LOCAL_PATTERN = r"http://(localhost|127(\." + BYTE_PATTERN + r"){3}|\[::1\])"
+PORT_AND_PATH_PATTERN = r"(:[0-9]+)?(/[^@?#]*)?"
+
+# "community", "anonymous" or "off", and in words what decided that.
+Consent = namedtuple("Consent", "mode reason")
+# The content of config, the token and the device id, as they were read.
+Agreement = namedtuple("Agreement", "config token device_id")
+# How far a log is done. Lines that begin before anonymous_until are only ever sent as
+# anonymous. The fingerprint tells which log it was; None: an older script did not say.
+Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
+# A line of a Log, from byte to byte. mode: what it may be sent as. event: its JSON
+# object, None if it holds none.
+Line = namedtuple("Line", "log begin end mode event is_blank")
+# first: the first Line with an event. events: what is sent of each. ends: where the
+# batch ends in each log, {} if nothing is pending. passed_over: how many lines held no
+# event, blank ones aside.
+Batch = namedtuple("Batch", "first events ends passed_over body")
+# retry_after: the header or None. answer: the JSON object in the response or None.
+Response = namedtuple("Response", "status retry_after answer")
+# result: as it is recorded, or "refused" for a refused body. words: what happened.
+Outcome = namedtuple("Outcome", "result status words")
+NOTHING_POSTED = Outcome("nothing", 0, "")
+Options = namedtuple("Options", "action preview directory base_url max_time verbose")
+
+
+DECODER = json.JSONDecoder()
+ENCODER = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
+)
 
 
 class Stop(Exception):
-    """A reason to go no further, fit to print."""
+    """Ends a run early. The message is for people and never holds the token."""
 
 
-# Files and JSON: what is missing, broken or of another type counts as absent.
-def read_small(*path):
-    """Return the first SMALL_BYTES of a file, none if it cannot be read."""
-    path = os.path.join(*path)
-    if os.path.isfile(path):  # a FIFO would block
-        with suppress(OSError), open(path, "rb") as file:
-            return file.read(SMALL_BYTES)
+# Small files and JSON. What is missing, broken or of another type counts as missing.
+
+
+def open_regular(path: str) -> "BinaryIO":
+    """Open a file to read; raise OSError if there is none, or no regular one."""
+    if not os.path.isfile(path) and os.path.exists(path):
+        # To open a FIFO would block.
+        raise OSError(0, "not a regular file")
+    return open(path, "rb", BUFFER_BYTES)
+
+
+def read_small(path: str) -> bytes:
+    """Return the first 64 KiB of a file, b"" if it cannot be read."""
+    with suppress(OSError), open_regular(path) as file:
+        return file.read(MAX_SMALL_BYTES)
     return b""
 
 
-def parse_number(text):
-    if not abs(float(text)) < float("inf"):
-        raise ValueError(text)
-    return float(text)
-
-
-DECODER = json.JSONDecoder(  # an integer of 309 digits may be past float range
-    parse_float=parse_number, parse_constant=parse_number,
-    parse_int=lambda text: int(text) if len(text) < 309 else parse_number(text))
-
-
-def parse_object(data):
-    """Return the JSON object in text or UTF-8 bytes; None if it is none, strict and sane."""
+def find_problem(path: str) -> str:
+    """Return why a file cannot be read; "" if it can be, or does not exist."""
     try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
-        text = text.strip("\ufeff\0 \t\r\n")  # a power cut may leave NULs in a log
+        open_regular(path).close()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return explain(error)
+    return ""
+
+
+def explain(error: OSError) -> str:
+    """Return the system's words for an error, without the other text it may have."""
+    return error.strerror or type(error).__name__
+
+
+def decode(data: bytes, errors: str = "strict") -> str:
+    """Return the text in UTF-8 data, "" if it is something else.
+
+    Blanks, a byte order mark, and the NULs that a power cut may leave are stripped.
+    """
+    try:
+        return data.decode("utf-8", errors).strip("\ufeff\0 \t\r\n")
+    except UnicodeDecodeError:
+        return ""
+
+
+def parse_object(text: str) -> "Optional[Dict[str, Any]]":
+    """Return the JSON object that a text consists of, None if it is anything else."""
+    try:
         value, end = DECODER.raw_decode(text)
-        sane = text.count("{") + text.count("[") <= MAX_DEPTH or depth(value) <= MAX_DEPTH
     except (ValueError, RecursionError):
         return None
-    return value if sane and end == len(text) and isinstance(value, dict) else None
+    return value if isinstance(value, dict) and end == len(text) else None
 
 
-def depth(value):
-    inner = value.values() if isinstance(value, dict) else value
-    return 1 + max(map(depth, inner), default=0) if isinstance(value, (dict, list)) else 0
+def get_object(container: "Mapping[str, Any]", key: str) -> "Dict[str, Any]":
+    """Return the JSON object under a key, {} if there is none."""
+    value = container.get(key)
+    return value if isinstance(value, dict) else {}
 
 
-def member(value, key, default=None):
-    """Return a member of a JSON object, the default if it lacks it or is no object."""
-    return value.get(key, default) if isinstance(value, dict) else default
+def get_count(container: "Mapping[str, Any]", key: str) -> "Optional[int]":
+    """Return the whole number of at most 63 bits under a key, None if there is none."""
+    value = container.get(key)
+    # isinstance would let True and False pass.
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
-def whole(value, key, default=0):
-    """Return a member that is a whole number of at most 63 bits, else the default."""
-    number = member(value, key)
-    return number if type(number) is int and 0 <= number < 1 << 63 else default
-
-
-def word(value, key, default=""):
-    """Return a member that is printable ASCII without blanks, "" for any other value."""
-    text = member(value, key, default)
-    return text if isinstance(text, str) and all("!" <= char <= "~" for char in text) else ""
+def get_word(container: "Mapping[str, Any]", key: str) -> str:
+    """Return the text under a key, "" unless it is printable ASCII without blanks."""
+    value = container.get(key)
+    if not isinstance(value, str) or not all("!" <= char <= "~" for char in value):
+        return ""
+    return value
 
 
 # Gate: consent, token, endpoint. Contract: Prerequisites.
-def consent(config, environ):
-    """Return (mode, reason): what config (bytes) allows, or less if the environment does."""
-    settings = parse_object(config)
+
+
+def read_environment() -> "Dict[str, str]":
+    """Return the variables that can lower consent, "" for one that is not set."""
+    return {
+        "SM_TEL": os.environ.get("SM_TEL", ""),
+        "DO_NOT_TRACK": os.environ.get("DO_NOT_TRACK", ""),
+        "DISABLE_TELEMETRY": os.environ.get("DISABLE_TELEMETRY", ""),
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": os.environ.get(
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", ""
+        ),
+    }
+
+
+def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
+    """Return the mode, "community", "anonymous" or "off", and what decided it.
+
+    config is the content of the file. The environment can only lower what it allows.
+    """
+    settings = parse_object(decode(config))
+    if not config:
+        return Consent("off", "there is no config that can be read")
     if settings is None:
-        return "off", "config is not a JSON object" if config else "there is no readable config"
-    mode, limit = settings.get("telemetry"), environ.get("SM_TEL") or "community"
+        return Consent("off", "config is not a valid JSON object")
+    if "telemetry" not in settings:
+        return Consent("off", "config has no key telemetry")
+    mode = settings["telemetry"]
     reason = "telemetry in config is " + json.dumps(mode)
     if mode not in ("anonymous", "community"):
-        return "off", reason if "telemetry" in settings else "config has no telemetry"
-    if limit not in ("anonymous", "community"):
-        return "off", "SM_TEL is " + json.dumps(limit)
-    if environ.get("DO_NOT_TRACK", "") not in ("", "0", "false"):
-        return "off", "DO_NOT_TRACK is " + json.dumps(environ["DO_NOT_TRACK"])
+        return Consent("off", reason)
+
+    for name in OFF_SWITCHES:
+        value = environment.get(name, "")
+        if value not in ("", "0", "false"):
+            return Consent("off", f"{name} is {json.dumps(value)}")
+    limit = environment.get("SM_TEL", "")
+    if limit not in ("", "anonymous", "community"):
+        return Consent("off", "SM_TEL is " + json.dumps(limit))
     if limit == "anonymous" and mode == "community":
-        return "anonymous", "SM_TEL is " + json.dumps(limit)
-    return mode, reason
+        return Consent("anonymous", 'SM_TEL is "anonymous"')
+    return Consent(mode, reason)
+
+
+def read_token(directory: str) -> str:
+    """Return the token in credentials, "" unless there is one that fits a header."""
+    credentials = decode(read_small(os.path.join(directory, "credentials")))
+    return get_word(parse_object(credentials) or {}, "accessToken")
+
+
+def read_device_id(directory: str, mode: str) -> str:
+    """Return the device id to send in a mode, "" for none. Only community has one."""
+    if mode != "community":
+        return ""
+    device_id = decode(read_small(os.path.join(directory, ".device-id")))
+    return device_id if device_id.isprintable() else ""
+
+
+def parse_endpoint(base_url: "Any") -> "SplitResult":
+    """Return the split URL to post to; raise Stop if base_url must not be contacted."""
+    import re
+    import urllib.parse
+
+    pattern = f"({HTTPS_PATTERN}|{LOCAL_PATTERN}){PORT_AND_PATH_PATTERN}"
+    if isinstance(base_url, str) and re.fullmatch(pattern, base_url, re.IGNORECASE):
+        # urlsplit raises ValueError for some hosts, and port does for large numbers.
+        with suppress(ValueError):
+            url = urllib.parse.urlsplit(base_url.rstrip("/") + EVENTS_PATH)
+            if url.port != 0:
+                return url
+    # A user and password may stand before an "@", and must not be shown.
+    shown = json.dumps(base_url)
+    if "@" in shown:
+        shown = '"...@' + shown.rpartition("@")[2]
+    raise Stop(
+        "baseUrl " + shown[:200] + " is refused: it must be an https URL, or http for "
+        "this machine only, and have no user, query or fragment"
+    )
 
 
 class Run:
-    """One call: where it works, for how many seconds, whom it tells, in what mode and why."""
+    """One call of this program: where it works, what is agreed to, and its time.
 
-    def __init__(self, home, environ, seconds=RUN_SECONDS, say=lambda text: None,
-                 clock=time.monotonic, sleep=time.sleep):
-        self.home, self.folder = home, os.path.join(home, "analytics")
-        self.seconds, self.say, self.clock, self.sleep = seconds, say, clock, sleep
-        self.deadline = self.due = clock() + seconds  # due: that of a request, if it is earlier
-        self.config = read_small(home, "config")
-        self.mode, self.reason = consent(self.config, environ)
+    directory     the state directory, an absolute path
+    analytics     the directory of the logs and of .sync-offsets
+    config        the content of config, on which consent was decided
+    mode, reason  see decide_consent
+    base_url      used where config has no baseUrl
+    max_time      seconds that the run may take
+    say           takes a message for people, which -v prints
+    clock, sleep  time.monotonic and time.sleep, unless a test gives others
+    """
 
-    def token(self):
-        """Return the access token, "" if there is none that fits a header."""
-        return word(parse_object(read_small(self.home, "credentials")), "accessToken")
+    def __init__(
+        self,
+        directory: str,
+        environment: "Mapping[str, str]",
+        base_url: str = BASE_URL,
+        max_time: float = RUN_SECONDS,
+        say: "Callable[[str], None]" = lambda message: None,
+        clock: "Callable[[], float]" = time.monotonic,
+        sleep: "Callable[[float], None]" = time.sleep,
+    ) -> None:
+        self.directory = directory
+        self.analytics = os.path.join(directory, "analytics")
+        self.config = read_small(os.path.join(directory, "config"))
+        self.mode, self.reason = decide_consent(self.config, environment)
+        self.base_url = base_url
+        self.max_time = max_time
+        self.say = say
+        self.clock = clock
+        self.sleep = sleep
+        self.deadline = clock() + max_time
 
-    def device_id(self, mode):
-        """Return the device id that goes with events in a mode, "" for none."""
-        data = read_small(self.home, ".device-id") if mode == "community" else b""
-        text = data.decode("utf-8", "replace").strip()
-        return "" if "\ufffd" in text else text
+    def has_time(self, delay: float = 0) -> bool:
+        """Tell whether a request may begin after a delay.
 
-    def endpoint(self):
-        """Return the split URL to post to; Stop if baseUrl must not be contacted."""
-        import re
-        import socket
-        import urllib.parse
-        base_url = word(parse_object(self.config), "baseUrl", BASE_URL)
-        form = r"(?i)https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[^@?#]*)?"
-        with suppress(ValueError, OSError):  # no port, no IPv4 address
-            url = urllib.parse.urlsplit(base_url.rstrip("/") + PATH)
-            if re.fullmatch(form, base_url) and url.port != 0 and (
-                    url.scheme == "https" or url.hostname in ("localhost", "::1")
-                    or socket.inet_pton(socket.AF_INET, url.hostname)[0] == 127):
-                return url
-        raise Stop("baseUrl must be https (http: this machine only), no user, query or fragment")
+        In the last third of a run none does, so that hardly any is cut short and has
+        to be repeated.
+        """
+        return self.deadline - self.clock() - delay >= self.max_time / 3
+
+    def log_path(self, name: str) -> str:
+        return os.path.join(self.analytics, name + ".jsonl")
+
+    def read_agreement(self) -> Agreement:
+        """Return what must not change during a run, as it is now."""
+        return Agreement(
+            read_small(os.path.join(self.directory, "config")),
+            read_token(self.directory),
+            read_device_id(self.directory, self.mode),
+        )
+
+    def endpoint(self) -> "SplitResult":
+        """Return the split URL to post to; raise Stop if it must not be contacted."""
+        settings = parse_object(decode(self.config)) or {}
+        return parse_endpoint(settings.get("baseUrl", self.base_url))
 
 
 # State: the record in .sync-offsets. Contract: Error Handling (Offsets), Rules.
+
+
 class State:
-    """The contract's four keys and, under resume, a mark for each log (see Log.mark)."""
+    """What .sync-offsets holds: the record, one JSON object padded to 512 bytes.
 
-    def __init__(self, folder, file=None):  # open and locked, if it is to be changed
-        data = file.read(SMALL_BYTES) if file else read_small(folder, ".sync-offsets")
-        saved = parse_object(data[:RECORD_BYTES]) or parse_object(data)
-        self.file, self.marks = file, {}
-        self.record = {key: word(saved, key) for key in ("last_sync_ts", "last_sync_result")}
-        for name in LOGS:
-            done = self.record[name + "_bytes"] = whole(saved, name + "_bytes")
-            mark = member(member(saved, "resume"), name)
-            self.marks[name] = {key: whole(mark, key)
-                                for key in ("bytes", "anonymous", "fingerprint")}
-            if whole(mark, "fingerprint", None) is None:  # an older script's, if any
-                self.marks[name] = {"bytes": done}
+        {"usage_bytes": 0, "feedback_bytes": 0,
+         "last_sync_ts": "2026-11-22T19:00:47Z", "last_sync_result": "server_error",
+         "resume": {
+            "usage": {"bytes": 48211, "fingerprint": 1234567, "anonymous": 0},
+            "feedback": {"bytes": 0, "fingerprint": 0, "anonymous": 0}}}
 
-    def save(self, logs, result="network_error"):
-        """Overwrite the record by one write: a kill or power cut leaves the old or the new one."""
+    completed  usage_bytes and feedback_bytes, by log. Older scripts read them; they
+               move only when a run has sent everything.
+    marks      what resume holds, by log. The next run starts there; they move with
+               every accepted batch.
+
+    The record is overwritten in place, by one write. A disk writes a sector whole or
+    not at all, and a process is not killed within so small a write. So a kill or a
+    power cut leaves the old record or the new one, and no other file.
+    """
+
+    def __init__(self, file: "BinaryIO", path: str) -> None:
+        self.file = file
+        self.path = path
+        data = file.read(MAX_SMALL_BYTES)
+        # A file that is longer than a record was written by another program.
+        record = parse_object(decode(data[:RECORD_BYTES]))
+        saved = record or parse_object(decode(data)) or {}
+        self.timestamp = get_word(saved, "last_sync_ts")
+        self.result = get_word(saved, "last_sync_result")
+        self.completed = {log: get_count(saved, log + "_bytes") or 0 for log in LOGS}
+        self.marks = {log: self.load_mark(saved, log) for log in LOGS}
+
+    def load_mark(self, saved: "Dict[str, Any]", log: str) -> Mark:
+        mark = get_object(get_object(saved, "resume"), log)
+        fingerprint = get_count(mark, "fingerprint")
+        if fingerprint is None:
+            # An older script wrote this record, or nobody has yet.
+            return Mark(self.completed[log], 0, None)
+        offset = get_count(mark, "bytes") or 0
+        return Mark(offset, get_count(mark, "anonymous") or 0, fingerprint)
+
+    def update(self, logs: "List[Log]", result: str) -> bytes:
+        """Note how far the logs are done, and a result; return the new record."""
         for log in logs:
             self.marks[log.name] = log.mark()
             if result in ("ok", "skipped"):
-                self.record[log.name + "_bytes"] = log.offset
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.record.update(last_sync_ts=now, last_sync_result=result, resume=self.marks)
-        self.file.seek(0)
-        self.file.write(json.dumps(self.record).ljust(RECORD_BYTES - 1).encode("ascii") + b"\n")
-        self.file.flush()
+                self.completed[log.name] = log.offset
+        self.result = result
+        self.timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record = {log + "_bytes": self.completed[log] for log in LOGS}  # type: Any
+        record["last_sync_ts"] = self.timestamp
+        record["last_sync_result"] = self.result
+        record["resume"] = {
+            log: {
+                "bytes": mark.offset,
+                "fingerprint": mark.fingerprint,
+                "anonymous": mark.anonymous_until,
+            }
+            for log, mark in self.marks.items()
+        }
+        return json.dumps(record).ljust(RECORD_BYTES - 1).encode("ascii") + b"\n"
 
-    def save_on_disk(self, logs, result):
-        """Save past a power cut: first the logs, lest new lines take the place of lost ones."""
-        for log in logs:
-            with suppress(OSError):  # Windows flushes only what may be written
-                os.fsync(log.file.fileno())
-        self.save(logs, result)
-        os.fsync(self.file.fileno())
-        self.file.truncate(RECORD_BYTES)  # a longer file was another program's
+    def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
+        """Overwrite the record in the file, which lock_state() has opened.
+
+        With flush, it outlasts a power cut. Raise Stop if it cannot be written.
+        """
+        record = self.update(logs, result)
+        with recording(self.path):
+            if len(record) > RECORD_BYTES:
+                raise OSError(0, "the record is longer than 512 bytes")
+            if flush:
+                # The logs come first. After a power cut, new lines could otherwise land
+                # below the saved offset and never be sent.
+                for log in logs:
+                    log.flush()
+            self.file.seek(0)
+            self.file.write(record)
+            self.file.flush()
+            if flush:
+                flush_file(self.file)
+                # A longer file was another program's.
+                self.file.truncate(RECORD_BYTES)
+
+
+def read_state(folder: str) -> State:
+    """Return the State to look at, not to save."""
+    path = os.path.join(folder, ".sync-offsets")
+    return State(io.BytesIO(read_small(path)), path)
 
 
 @contextmanager
-def locked_state(folder):
-    """Yield the State, its file open and locked; Stop if another run has it, or it is no use."""
+def lock_state(folder: str) -> "Iterator[State]":
+    """Open .sync-offsets and lock it; raise Stop if another run has."""
     path = os.path.join(folder, ".sync-offsets")
+    with ExitStack() as stack:
+        with recording(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            file = stack.enter_context(open(descriptor, "r+b"))
+        lock_file(file)
+        with recording(path):
+            make_record_long(file, folder)
+            state = State(file, path)
+        yield state
+
+
+@contextmanager
+def recording(path: str) -> "Iterator[None]":
+    """Turn an OSError into a Stop: what cannot be recorded must not be sent."""
     try:
-        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-            lock_file(file)
-            state, size = State(folder, file), file.seek(0, os.SEEK_END)
-            if 0 < size < RECORD_BYTES:  # lengthened first: a power cut between new bytes and new
-                file.write(b" " * (RECORD_BYTES - size))  # length would leave half a record
-                file.flush()
-                os.fsync(file.fileno())
-            if size == 0:
-                with suppress(OSError):  # the folder's new name is to be on disk, where that can be
-                    directory = os.open(folder, os.O_RDONLY)
-                    os.fsync(directory)
-                    os.close(directory)
-            yield state
+        yield
     except OSError as error:
-        raise Stop(f"progress cannot be recorded: {error.strerror or error}")
+        raise Stop(
+            f"progress cannot be recorded in {path}: {explain(error)}"
+        ) from None
 
 
-def lock_file(file):
-    """Lock a file until it is closed or its process ends; Stop if another run has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-            file.seek(1 << 30)  # one byte, far from those that others read
+def lock_file(file: "BinaryIO") -> None:
+    """Lock a file until it is closed; raise Stop if another process holds its lock.
+
+    Where the file system has no locks, as some network drives, go on without.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            # One byte, far from those that other programs read.
+            file.seek(1 << 30)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            file.seek(0)
-        else:
-            import fcntl
+        except OSError:
+            raise Stop("another run is at work") from None
+    else:
+        import errno
+        import fcntl
+
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # without locks, as on some network drives, POSIX goes on
-        if os.name == "nt" or isinstance(error, BlockingIOError):
-            raise Stop("another run is at work")
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise Stop("another run is at work") from None
+
+
+def make_record_long(file: "BinaryIO", folder: str) -> None:
+    """Make a file as long as a record, unless it is new, and go to its beginning.
+
+    A power cut between new bytes and a new length would leave half a record.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if 0 < size < RECORD_BYTES:
+        file.write(b" " * (RECORD_BYTES - size))
+        flush_file(file)
+    if size == 0:
+        # Get the name of the new file to the disk, where a directory can be opened.
+        with suppress(OSError):
+            directory = os.open(folder, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+    file.seek(0)
+
+
+def flush_file(file: "BinaryIO") -> None:
+    """Get what was written to the disk, where the file system knows how."""
+    import errno
+
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 # Read: the logs, line by line.
+
+
 class Log:
-    """An open log as it was found: up to offset it is done, up to anonymous it stays anonymous."""
+    """A log as it was when it was opened. Later lines are left to the next run.
 
-    def __init__(self, name, file, mark, mode):
-        self.name, self.file, self.mode = name, file, mode
-        self.size = os.fstat(file.fileno()).st_size  # what is appended from now on: the next run's
+    name             "usage" or "feedback"
+    mode             the mode agreed to
+    size             of the log when it was opened, in bytes
+    offset           everything before it is done
+    anonymous_until  lines that begin before it are only ever sent as anonymous
+    """
+
+    def __init__(self, name: str, file: "BinaryIO", mark: Mark, mode: str) -> None:
+        self.name = name
+        self.mode = mode
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
-        self.offset, self.anonymous = mark["bytes"], mark.get("anonymous", 0)
-        known = mark == self.mark() if "fingerprint" in mark else self.offset <= self.size
-        if not known:  # another log, though it may hold what was to stay anonymous
-            self.offset, self.anonymous = 0, self.size if self.anonymous > self.offset else 0
-        self.offset = min(self.offset, self.size)
-        self.anonymous = self.size if mode == "anonymous" else min(self.anonymous, self.size)
+        if self.fits(mark):
+            self.offset = min(mark.offset, self.size)
+            self.anonymous_until = min(mark.anonymous_until, self.size)
+        else:
+            # The log was emptied, replaced or edited: it is read from its beginning. It
+            # may hold again what was sent as anonymous or skipped, so what it holds now
+            # is never sent in full.
+            self.offset = 0
+            self.anonymous_until = self.size
+        if mode == "anonymous":
+            # What is pending under anonymous consent stays anonymous, whatever the user
+            # agrees to later.
+            self.anonymous_until = self.size
 
-    def mark(self):
-        """Return where to go on, with a checksum of the log's beginning as far as it was seen."""
-        seen = self.head[:max(self.offset, self.anonymous)]
-        return {"bytes": self.offset, "anonymous": self.anonymous, "fingerprint": zlib.crc32(seen)}
+    def fits(self, mark: Mark) -> bool:
+        """Tell whether this is the log that a mark was saved for."""
+        if mark.fingerprint is None:
+            return bool(mark.offset <= self.size)
+        seen = max(mark.offset, mark.anonymous_until)
+        return bool(mark.fingerprint == zlib.crc32(self.head[:seen]))
 
-    def lines(self):
-        """Yield (begin, end, event) for each line to go on with, event None if it is none."""
+    def mark(self) -> Mark:
+        """Return how far this log is done, to be saved."""
+        # The fingerprint covers the bytes that have been seen, for a log grows.
+        seen = max(self.offset, self.anonymous_until)
+        return Mark(self.offset, self.anonymous_until, zlib.crc32(self.head[:seen]))
+
+    def flush(self) -> None:
+        """Get the log to the disk, as far as its writers have written it."""
+        # Windows flushes only files that are open for writing, which this one is not.
+        with suppress(OSError):
+            os.fsync(self.file.fileno())
+
+    def read_line(self, begin: int) -> bytes:
+        """Return the line from begin, b"" at the end of the log.
+
+        A line longer than 1 MiB is returned in pieces; the last ends with a newline.
+        """
+        try:
+            return self.file.readline(min(MAX_LINE_BYTES, self.size - begin))
+        except OSError as error:
+            raise Stop(
+                f"{self.name}.jsonl cannot be read: {explain(error)}"
+            ) from None
+
+    def lines(self) -> "Iterator[Line]":
+        """Yield the pending lines. event is None where a line is not a JSON object."""
         end = self.file.seek(self.offset)
-        while end < self.size:
-            begin, line = end, self.file.readline(min(LINE_BYTES, self.size - end))
-            end += len(line)
-            event = parse_object(line.decode("utf-8", "replace"))
-            while event is None and not line.endswith(b"\n"):  # pass over all of a long one
-                line = self.file.readline(min(LINE_BYTES, self.size - end))
-                end += len(line)
-                if not line:
-                    return  # a torn last line waits for its rest
-            yield begin, end, event
+        while True:
+            begin = end
+            data = self.read_line(begin)
+            end += len(data)
+            text = decode(data, errors="replace")
+            event = parse_object(text)
+            # The rest of a line that is too long. (A last line without a newline that
+            # is a whole JSON object does not come here: it is sent.)
+            while event is None and not data.endswith(b"\n"):
+                data = self.read_line(end)
+                end += len(data)
+                if not data:
+                    # The end, or an unfinished last line, which waits for its rest.
+                    return
+            # THE decision on privacy: the mode that a line is sent in.
+            mode = "anonymous" if begin < self.anonymous_until else self.mode
+            yield Line(self, begin, end, mode, event, not text)
 
 
 @contextmanager
-def open_logs(folder, marks, mode):
-    """Yield the logs that can be read, each to go on where its mark says."""
+def open_logs(run: "Run", state: State, mode: str) -> "Iterator[List[Log]]":
+    """Open the logs that can be read, each to go on where its mark says."""
     with ExitStack() as stack:
         logs = []
         for name in LOGS:
-            path = os.path.join(folder, name + ".jsonl")
             with suppress(OSError):
-                if os.path.isfile(path):
-                    file = stack.enter_context(open(path, "rb"))
-                    logs.append(Log(name, file, marks[name], mode))
+                file = stack.enter_context(open_regular(run.log_path(name)))
+                logs.append(Log(name, file, state.marks[name], mode))
         yield logs
 
 
-# Shape: from events to a body. Contract: Sync Implementation, Anonymous Mode Stripping.
-ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
-codecs.register_error("repair", lambda bad: (b"\xef\xbf\xbd" * (bad.end - bad.start), bad.end))
+# Shape: from lines to the body of a request. Contract: Sync Implementation, Anonymous
+# Mode Stripping.
+
+def encode_json(value: "Any") -> bytes:
+    """Return strict JSON in UTF-8, with "?" for a lone surrogate.
+
+    Raise ValueError for NaN and infinity, RecursionError for very deep nesting.
+    """
+    return ENCODER.encode(value).encode("utf-8", "replace")
 
 
-def shape_event(mode, log, event):
-    """Return an event's payload: the fields that its mode and log (a name) allow, no nulls."""
-    payload = {"type": log}
-    for field in ANONYMOUS[log] + (COMMUNITY[log] if mode == "community" else ()):
-        value = event.get(field, DEFAULTS.get(field))
+def shape_event(mode: str, log: str, event: "Mapping[str, Any]") -> "Dict[str, Any]":
+    """Return what is sent of an event: the fields that a mode allows, without nulls."""
+    payload = {"type": log}  # type: Dict[str, Any]
+    for field in FIELDS[mode][log]:
+        value = event.get(field)
         if value is not None:
             payload[field] = value
+        elif field in DEFAULTS and field not in event:
+            payload[field] = DEFAULTS[field]
     return payload
 
 
-def next_body(logs, device_id, max_size):
-    """Return (body, number of events, {log: end}) of the next max_size bytes of lines, or one."""
-    body, ends, size = {"telemetryMode": None, "events": []}, {}, 0
-    for log, (begin, end, event) in ((log, line) for log in logs for line in log.lines()):
-        mode, size = "anonymous" if begin < log.anonymous else log.mode, size + end - begin
-        if ends and (size > max_size or len(body["events"]) == BATCH_EVENTS
-                     or body["telemetryMode"] not in (None, mode)):
+def holds_event(line: Line) -> bool:
+    """Tell whether a line holds an event that can be sent."""
+    if line.event is None:
+        return False
+    try:
+        encode_json(shape_event(line.mode, line.log.name, line.event))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def collect_batch(
+    logs: "List[Log]", max_events: int, left_out: "Optional[Line]"
+) -> Batch:
+    """Return the next events of one mode, from all logs in turn, without a body.
+
+    left_out is a line to leave out, though it is pending.
+    """
+    first = None  # type: Optional[Line]
+    events = []  # type: List[Dict[str, Any]]
+    ends = {}
+    size = 0
+    passed_over = 0
+    for line in (line for log in logs for line in log.lines()):
+        if left_out and (line.log, line.begin) == (left_out.log, left_out.begin):
+            ends[line.log] = line.end
+            continue
+        size += line.end - line.begin
+        if ends and size > BATCH_BYTES:
             break
-        if event is not None:
-            body["telemetryMode"] = mode
-            body["events"].append(shape_event(mode, log.name, event))
-        ends[log] = end
-    if device_id and body["telemetryMode"] == "community":
-        body["deviceId"] = device_id
-    return ENCODER.encode(body).encode("utf-8", "repair"), len(body["events"]), ends
+        if line.event is not None:
+            if first and (len(events) == max_events or line.mode != first.mode):
+                break
+            first = first or line
+            events.append(shape_event(line.mode, line.log.name, line.event))
+        elif not line.is_blank:
+            passed_over += 1
+        ends[line.log] = line.end
+    return Batch(first, events, ends, passed_over, b"")
 
 
-# Send: one connection, each request in bounded time. Contract: Error Handling.
-def classify(status, answer):
-    """Return the result of an answer: of its status, and of the JSON object in it, if any."""
+def next_batch(
+    logs: "List[Log]", device_id: str, max_events: int, left_out: "Optional[Line]"
+) -> Batch:
+    """Return the next batch, with its body. left_out: see collect_batch."""
+    while True:
+        batch = collect_batch(logs, max_events, left_out)
+        if not batch.events:
+            return batch
+        body = {"telemetryMode": batch.first.mode, "events": batch.events}
+        if batch.first.mode == "community" and device_id:
+            body["deviceId"] = device_id
+        try:
+            return batch._replace(body=encode_json(body))
+        except (ValueError, RecursionError):
+            # There is no strict JSON for one of the events. Halve the batch until that
+            # event stands alone, and pass it over.
+            if len(batch.events) == 1:
+                return batch._replace(events=[], passed_over=batch.passed_over + 1)
+            max_events = len(batch.events) // 2
+
+
+# Send: one connection, at most one retry for each batch. Contract: Error Handling.
+
+
+def classify(response: Response) -> Outcome:
+    """Return what a response means. Success is 2xx with a JSON object, its code 0."""
+    status = response.status
+    if status == 401:
+        return Outcome("auth_failed", status, "the token is not accepted")
+    if status in (400, 413, 422):
+        return Outcome("refused", status, "the body is refused")
+    if 300 <= status < 400:
+        return Outcome("server_error", status, "a redirect, which is not followed")
     if not 200 <= status < 300:
-        return {401: "auth_failed", 413: "too_large"}.get(status, "server_error")
-    if answer is None:
-        return "network_error"
-    return "ok" if whole(answer, "code", None) == 0 else "server_error"
+        return Outcome("server_error", status, "not accepted")
+    if response.answer is None:
+        return Outcome("network_error", status, "the answer is not a JSON object")
+    code = get_count(response.answer, "code")
+    words = f"code {code}"
+    return Outcome("ok" if code == 0 else "server_error", status, words)
 
 
-def retry_delay(status, retry_after, now):
-    """Return the seconds before a retry, None for no retry; now is epoch seconds."""
-    delay = RETRY_SECONDS.get(status)
-    if status == 429:
-        import email.utils
-        with suppress(TypeError, ValueError, LookupError, OverflowError):
-            date = email.utils.parsedate_tz(retry_after)
-            delay = email.utils.mktime_tz(date) - now if date else int(retry_after)
-        delay = min(max(delay, 0), REQUEST_SECONDS)
-    return delay
+def retry_delay(status: int, retry_after: "Optional[str]", now: float) -> (
+    "Optional[float]"
+):
+    """Return the seconds to wait before the one retry, None for no retry.
+
+    retry_after is a number of seconds or a date; now is in seconds since 1970.
+    """
+    import email.utils
+
+    if status != 429:
+        return RETRY_SECONDS.get(status)
+    delay = float(RETRY_SECONDS[429])
+    # For bad dates, the parser raises errors of many kinds, even UnboundLocalError.
+    with suppress(Exception):
+        date = email.utils.parsedate_tz(retry_after or "")
+        delay = email.utils.mktime_tz(date) - now if date else int(retry_after or "")
+    return min(max(delay, 0), MAX_DELAY_SECONDS)
 
 
-def open_link(url):
-    """Return a connection yet to be made: TLS, in a proxy's tunnel where urllib knows a proxy."""
+def connect(address: "Tuple[str, int]", *_: object) -> "socket":
+    """Return a TCP connection. http.client calls this as its own create_connection."""
+    import socket
+
+    host, port = address
+    if host.lower() == "localhost":
+        # A name server or hosts file could send this name to another machine.
+        host = "127.0.0.1"
+    sock = socket.create_connection((host, port), CONNECT_SECONDS)
+    sock.settimeout(IDLE_SECONDS)
+    return sock
+
+
+def make_connection(url: "SplitResult") -> "HTTPConnection":
+    """Return a connection that is not open yet: TLS, but plain http to this machine.
+
+    If the environment or the system names a proxy for https, as urllib understands it,
+    the connection leads through a tunnel of the proxy, with TLS inside.
+    """
     import http.client
-    if url.scheme == "http":  # to this machine, with no proxy
-        return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=CONNECT_SECONDS)
+
+    host = url.hostname or ""
+    if url.scheme == "http":
+        return http.client.HTTPConnection(host, url.port or 80)
     import urllib.request
-    request, proxies = urllib.request.Request(url.geturl()), urllib.request.ProxyHandler()
+
+    # ProxyHandler has https_open if there is a proxy for https. Unless no_proxy
+    # excludes the server, https_open puts the proxy into request.host, and its user and
+    # password into a header.
+    request = urllib.request.Request(url.geturl())
+    proxies = urllib.request.ProxyHandler()
     if hasattr(proxies, "https_open"):
         proxies.https_open(request)
-    link = http.client.HTTPSConnection(request.host, timeout=CONNECT_SECONDS)
+    connection = http.client.HTTPSConnection(request.host)
     if request.host != url.netloc:
         login = request.get_header("Proxy-authorization")
-        link.set_tunnel(url.hostname, url.port or 443, login and {"Proxy-Authorization": login})
-    return link
+        headers = {"Proxy-Authorization": login} if login else {}
+        connection.set_tunnel(host, url.port or 443, headers)
+    return connection
+
+
+def explain_failure(error: Exception) -> str:
+    """Return why there was no answer. The error's own text may hold the token."""
+    import re
+    import socket
+
+    # A proxy's refusal is in the text of an OSError and nowhere else.
+    refusal = re.match(r"Tunnel connection failed: (\d\d\d)", str(error))
+    if refusal:
+        return "the proxy refused the tunnel with HTTP " + refusal.group(1)
+    name = type(error).__name__
+    if isinstance(error, socket.gaierror):
+        return f"the host was not found ({name})"
+    if isinstance(error, socket.timeout):
+        return f"no progress for too long ({name})"
+    if name.startswith(("SSL", "Certificate")):
+        return f"TLS failed ({name})"
+    return f"no answer ({name})"
 
 
 class Sender:
-    """Posts bodies over one connection, kept as long as the server keeps it."""
+    """Posts bodies over one connection, which is kept as long as the server keeps it.
 
-    def __init__(self, run):
-        self.run, self.url, self.slowest = run, run.endpoint(), 0  # seconds of a request so far
-        self.link = open_link(self.url)
-        self.peer = f"{self.link.host}:{self.link.port}"  # the server's, or a proxy's
-        self.agreed = run.config, run.token() or None  # without a token, never
-        self.headers = {"Authorization": f"Bearer {self.agreed[1]}",
-                        "Content-Type": "application/json",
-                        "User-Agent": "secondme_sync/" + VERSION}
+    The token goes into a header of these requests and nowhere else: within TLS, or to
+    this machine. A redirect is not followed.
 
-    def post(self, body):
-        """Post a body, once more if the contract says so; return the result, or Stop."""
-        for retried in False, True:
-            status, retry_after, answer = self.request(body)
-            result, delay = classify(status, answer), retry_delay(status, retry_after, time.time())
-            code = whole(answer, "code", None)
-            self.run.say(f"{len(body)} bytes to {self.peer}: HTTP {status}, code {code}, {result}")
-            if retried or delay is None or not self.has_time(delay):
-                return result
+    run         see Run
+    agreement   what held when the run began
+    headers     of each request
+    server      host and port of the server, and of the proxy, for messages
+    has_begun   whether a request was begun
+    """
+
+    def __init__(self, run: Run) -> None:
+        import http.client
+
+        url = run.endpoint()
+        self.run = run
+        self.agreement = run.read_agreement()._replace(config=run.config)
+        self.headers = {
+            "Authorization": "Bearer " + self.agreement.token,
+            "Content-Type": "application/json",
+            "User-Agent": "secondme_sync/" + VERSION,
+        }
+        self.path = url.path
+        self.has_begun = False
+        try:
+            self.connection = make_connection(url)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            name = type(error).__name__
+            raise Stop(f"TLS or the proxy cannot be set up ({name})") from None
+        self.connection._create_connection = connect  # type: ignore[attr-defined]
+        self.connection.blocksize = BUFFER_BYTES
+        self.server = url.netloc
+        if self.connection.host != url.hostname:
+            peer = f"{self.connection.host}:{self.connection.port}"
+            self.server += " through the proxy " + peer
+
+    def post(self, body: bytes) -> Outcome:
+        """Post a body, and once more if the status says so; return what it came to."""
+        response = self.request(body)
+        delay = retry_delay(response.status, response.retry_after, time.time())
+        if delay is not None and self.run.has_time(delay):
             self.run.say(f"retry in {delay:.0f} s")
             self.run.sleep(delay)
+            response = self.request(body)
+        return classify(response)
 
-    def has_time(self, delay=0):
-        """Tell if a request after a delay would end in time, twice as slow as any so far."""
-        return delay + min(2 * self.slowest, REQUEST_SECONDS) < self.run.deadline - self.run.clock()
+    def request(self, body: bytes) -> Response:
+        """Make a request; raise Stop if no answer comes.
 
-    def request(self, body):
-        """Return (status, Retry-After, JSON object or None), or Stop."""
+        A server may close a kept connection at any moment, even while it is written to.
+        Then, and only then, the request is made again, over a new connection.
+        """
         import http.client
-        import select
         import socket
-        if not self.has_time():
-            raise Stop("too little time is left for another request")
-        kept = self.link.sock and not select.select([self.link.sock], [], [], 0)[0]
-        begun = self.run.clock()
+
+        reuse = self.is_reusable()
         try:
-            for connected in kept, True:  # a connect may take long: asked before and after
-                if (read_small(self.run.home, "config"), self.run.token()) != self.agreed:
-                    raise Stop("config or login has changed")  # consent may be withdrawn
-                if not connected:  # or it has something to say: its end, or what nobody asked
-                    self.link.close()
-                    self.link.connect()
-                    self.link.sock.settimeout(REQUEST_SECONDS)
-            self.run.due = min(self.run.clock() + REQUEST_SECONDS, self.run.deadline)
-            with suppress(OSError):  # an answer may come, and the connection end, early
-                self.link.request("POST", self.url.path, body, self.headers)
-            return self.answer()
-        except (OSError, http.client.HTTPException) as error:  # its text might hold the token
-            self.link.close()
-            if not kept or not isinstance(error, OSError) or isinstance(error, socket.timeout):
-                raise Stop(f"network_error, no answer ({type(error).__name__}) from {self.peer}")
-        finally:
-            self.run.due = self.run.deadline
-            self.slowest = max(self.slowest, self.run.clock() - begun)
-        return self.request(body)  # the server had closed the kept connection: over a new one
+            try:
+                response = self.attempt(body, reuse)
+            except OSError as error:
+                if not reuse or isinstance(error, socket.timeout):
+                    raise
+                response = self.attempt(body, reuse=False)
+        except (OSError, http.client.HTTPException) as error:
+            self.connection.close()
+            reason = explain_failure(error)
+            raise Stop(f"network_error at {self.server}: {reason}") from None
+        outcome = classify(response)
+        self.run.say(
+            f"{len(body)} bytes to {self.server}: "
+            f"HTTP {outcome.status}, {outcome.words}: {outcome.result}"
+        )
+        return response
 
-    def answer(self):
-        """Read what request() returns."""
+    def attempt(self, body: bytes, reuse: bool) -> Response:
+        """Make a request over the kept connection or a new one."""
+        if not reuse:
+            self.check_agreement()
+            self.connection.close()
+            self.connection.connect()
+        # Again: to connect may have taken seconds.
+        self.check_agreement()
+        if self.has_begun and not self.run.has_time():
+            raise Stop("too little time is left for another request")
+        self.has_begun = True
+        headers = dict(self.headers)
+        headers["Content-Length"] = str(len(body))
+        is_sent = False
+        # A server may answer, and close, before it has read the whole body.
+        with suppress(OSError):
+            # http.client sends a file block by block, and the time limit is for each.
+            # Bytes it would send at once, and the limit would be for all of them.
+            self.connection.request("POST", self.path, io.BytesIO(body), headers)
+            is_sent = True
+        response = self.read_response()
+        if not is_sent:
+            self.connection.close()
+        return response
+
+    def check_agreement(self) -> None:
+        """Raise Stop if consent, login or device id has changed since the run began."""
+        if self.run.read_agreement() != self.agreement or not self.agreement.token:
+            raise Stop("config, login or device id has changed")
+
+    def is_reusable(self) -> bool:
+        """Tell whether the connection is open and idle.
+
+        If there is something to read, it is the connection's end, or data that nobody
+        asked for and that must not be taken for the answer to the next request.
+        """
+        import selectors
+
+        sock = self.connection.sock
+        if sock is None:
+            return False
+        # TLS may hold data that has left the socket.
+        if hasattr(sock, "pending") and sock.pending():
+            return False
+        # Not select(), which fails for descriptors above 1023.
+        with selectors.DefaultSelector() as selector:
+            selector.register(sock, selectors.EVENT_READ)
+            return not selector.select(timeout=0)
+
+    def read_response(self) -> Response:
+        """Read a response; its body only if the status is 2xx, and at most 64 KiB."""
         import http.client
-        reply, buffer, size = self.link.getresponse(), bytearray(SMALL_BYTES), 0
-        with suppress(OSError, http.client.HTTPException):  # the status is enough
-            size = reply.readinto(buffer)  # read() would take all of a chunk of -1 bytes
-        if not reply.isclosed() or reply.status != 200:  # not all was read, or perhaps sent
-            self.link.close()
-        answer = None if reply.length else parse_object(bytes(buffer[:size]))
-        return reply.status, reply.getheader("Retry-After"), answer
+
+        reply = self.connection.getresponse()
+        retry_after = reply.getheader("Retry-After")
+        data = bytearray(MAX_SMALL_BYTES + 1)
+        size = 0
+        if 200 <= reply.status < 300:
+            with suppress(OSError, http.client.HTTPException):
+                # Not read(), which has no limit on the size of a chunk.
+                size = reply.readinto(data)
+        if not reply.isclosed():
+            # There is more, which may never end, or something was cut short.
+            self.connection.close()
+            return Response(reply.status, retry_after, None)
+        answer = parse_object(decode(bytes(data[:size])))
+        return Response(reply.status, retry_after, answer)
 
 
-# The run, and what else the command line offers.
-def check(run):
-    """Stop unless there is consent, a token, and something to send or record."""
+class Search:
+    """The search for the event that makes a server refuse a batch.
+
+    The refused batch is halved until the refused event stands alone. That event is left
+    out only with proof that it is the event and not the server: since the first refusal
+    the server has accepted another event of the batch, or else it accepts the event
+    that follows, which is then posted alone. A proof serves once.
+
+    max_events  of the next batch
+    unsettled   how many events of the refused batch are not accepted yet; 0 while no
+                search is on
+    has_proof   whether the server has accepted another event in this search
+    refused     the refused line, once it stands alone
+    status      that it was refused with
+    """
+
+    def __init__(self) -> None:
+        self.max_events = BATCH_EVENTS
+        self.unsettled = 0
+        self.has_proof = False
+        self.refused = None  # type: Optional[Line]
+        self.status = 0
+
+    def note_refused(self, batch: Batch, status: int) -> None:
+        if self.unsettled == 0:
+            self.unsettled = len(batch.events)
+        self.max_events = max(1, len(batch.events) // 2)
+        if len(batch.events) == 1:
+            self.refused = batch.first
+            self.status = status
+
+    def note_accepted(self, batch: Batch) -> None:
+        # If all are accepted in the end, the server limits the size of a batch. Then
+        # the search is over, and batches stay as small as they are.
+        self.unsettled = max(0, self.unsettled - len(batch.events))
+        self.has_proof = self.unsettled > 0
+
+    def describe(self, line: Line) -> str:
+        place = f"byte {line.begin} of {line.log.name}.jsonl"
+        return f"the event at {place}, refused with HTTP {self.status}"
+
+
+# The run, and the other things that the command line offers.
+
+
+def check(run: Run) -> None:
+    """Raise Stop unless there is consent, a token, and something to send or record.
+
+    Contract: Prerequisites.
+    """
     if run.mode == "off":
         raise Stop("telemetry is off: " + run.reason)
-    if not run.token():
-        raise Stop("not logged in")
-    state = State(run.folder)
-    with open_logs(run.folder, state.marks, run.mode) as logs:
-        if all(log.offset == state.record[log.name + "_bytes"]
-               and next(log.lines(), None) is None for log in logs):
-            raise Stop("nothing is pending")
+    if not read_token(run.directory):
+        raise Stop("not logged in: credentials holds no usable token")
+    state = read_state(run.analytics)
+    with open_logs(run, state, run.mode) as logs:
+        for log in logs:
+            has_lines = next(log.lines(), None) is not None
+            if has_lines or log.offset != state.completed[log.name]:
+                return
+    raise Stop("nothing is pending")
 
 
-def deliver(logs, device_id, post, save):
-    """Post what is pending by post(body), save() where logs are accepted; return the result."""
-    max_size = BODY_BYTES
+def deliver(
+    run: Run, logs: "List[Log]", device_id: str, post: "Post", save: "Save"
+) -> str:
+    """Post what is pending, batch by batch; save() each time. Return the result."""
+    search = Search()
     while True:
-        body, count, ends = next_body(logs, device_id, max_size)
-        if not ends:
+        batch = next_batch(logs, device_id, search.max_events, search.refused)
+        if not batch.ends:
             return "ok"
-        result = "ok"  # of lines to pass over
-        if count > 0:
-            result = post(body) if len(body) <= BODY_BYTES or count == 1 else "too_large"
-        if result == "ok":
-            for log in ends:
-                log.offset = ends[log]
-            save()
-        elif result == "too_large" and count > 1:
-            size = sum(ends[log] - log.offset for log in ends)
-            max_size = size // 2 + size // count // 2  # of half of them, and of half an event
+        outcome = post(batch.body) if batch.events else NOTHING_POSTED
+        if search.refused and outcome.result in ("refused", "nothing"):
+            # Nothing proves that it is this event and not the server.
+            run.say("still pending: " + search.describe(search.refused))
+            return "server_error"
+        if outcome.result == "refused":
+            search.note_refused(batch, outcome.status)
+            if not (search.refused and search.has_proof):
+                continue
+        elif outcome.result not in ("ok", "nothing"):
+            return str(outcome.result)
+        for log, end in batch.ends.items():
+            log.offset = end
+        save()
+        if batch.passed_over:
+            run.say(PASSED_OVER.format(batch.passed_over))
+        if search.refused:
+            run.say("left out for good: " + search.describe(search.refused))
+            search = Search()
         else:
-            return "server_error" if result == "too_large" else result
+            search.note_accepted(batch)
 
 
-def sync(run):
-    """Send what is pending, and record what is accepted. Contract: Sync Implementation."""
+def sync(run: Run) -> None:
+    """Send what is pending, record what was accepted. Contract: Sync Implementation."""
     check(run)
-    with locked_state(run.folder) as state, open_logs(run.folder, state.marks, run.mode) as logs:
-        result = "network_error"  # until it ends otherwise
-        state.save_on_disk(logs, result)  # a run that cannot record must not send
-        sender = Sender(run)
+    with ExitStack() as stack:
+        state = stack.enter_context(lock_state(run.analytics))
+        logs = stack.enter_context(open_logs(run, state, run.mode))
+        # Recorded in advance: a run that cannot record must not send, and a run that is
+        # killed leaves a true result.
+        result = "network_error"
+        state.save(logs, result, flush=True)
         try:
-            result = deliver(logs, run.device_id(run.mode), sender.post, lambda: state.save(logs))
+            sender = Sender(run)
+            stack.callback(sender.connection.close)
+            device_id = sender.agreement.device_id
+
+            def save() -> None:
+                state.save(logs, "network_error", flush=False)
+
+            result = deliver(run, logs, device_id, sender.post, save)
         finally:
-            sender.link.close()
-            state.save_on_disk(logs, result)
+            state.save(logs, result, flush=True)
 
 
-def watched_sync(run):
-    """Sync, and end the process when due: nothing else ends a look-up of names that hangs."""
-    def watch(say, grace):
-        while run.clock() < run.due + grace:
-            time.sleep(0.1)
-        say("time is up")
+def limit_time(run: Run) -> None:
+    """Let this process end when its time is up, whatever it is doing.
+
+    Only the command line calls this, for the limits belong to the process.
+    """
+    import faulthandler
+    import threading
+
+    def end() -> None:
+        run.say("time is up")
         os._exit(0)
-    import _thread
-    _thread.start_new_thread(watch, (run.say, 0))
-    _thread.start_new_thread(watch, (lambda text: None, 0.5))  # if the other hangs in saying so
+
+    watch = threading.Timer(run.max_time, end)
+    watch.daemon = True
+    watch.start()
+    # OpenSSL may block while it holds the interpreter's lock, and then no Python thread
+    # runs. This timer needs no interpreter. It ends the process with exit code 1.
+    null = open(os.devnull, "wb")  # noqa: SIM115 (kept open)
+    faulthandler.dump_traceback_later(run.max_time + 1, exit=True, file=null)
+
+
+def sync_in_foreground(run: Run) -> None:
+    """Sync within the time limit."""
+    limit_time(run)
     sync(run)
 
 
-def background(run):
-    """Sync in a process of its own, if there is something to do; return at once."""
+def sync_in_background(run: Run) -> None:
+    """Sync in a process that outlives this one, if there is something to do."""
     check(run)
-    file = globals().get("__file__", "<stdin>")
-    path = file != "<stdin>" and os.path.realpath(file)
-    is_file = path and os.path.isfile(path) and sys.executable  # else: pasted, or out of a pipe
-    command = [sys.executable, "-I", path, "--dir", run.home, "--max-time", str(run.seconds)]
-    if os.name == "nt" and is_file:
-        from subprocess import Popen  # with a returncode, it does not warn that nobody waits
-        detached = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
-        Popen(command, cwd=run.home, creationflags=detached, close_fds=True).returncode = 0
-    elif os.name == "nt":
-        watched_sync(run)
-    elif os.fork() == 0:
-        os.setsid()
-        os.chdir(run.home)
-        os.closerange(0, 1 << 16)
-        for _ in range(3):
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-        if is_file:  # on macOS, a bare fork may abort when it looks up names
-            os.execv(sys.executable, command)
-        watched_sync(run)
+    # Where the script was piped in, __file__ is missing, or names no file.
+    script = globals().get("__file__", "<stdin>")
+    if script != "<stdin>" and os.path.isfile(script) and sys.executable:
+        command = [sys.executable, "-I", os.path.abspath(script)]
+        command += ["--dir", run.directory, "--base-url", run.base_url]
+        command += ["--max-time", str(run.max_time)]
+        start_detached(command, run.directory)
+    elif sys.platform == "win32" or fork_detached(run.directory):
+        sync_in_foreground(run)
 
 
-def show(text, stream):
-    """Print a text for people, as escapes what the stream cannot show, if it is open."""
-    with suppress(AttributeError, OSError):
-        data = text.encode(stream.encoding, "backslashreplace")
+def start_detached(command: "List[str]", folder: str) -> None:
+    """Start a program that does not end with this process or its terminal."""
+    from subprocess import DEVNULL, Popen
+
+    if sys.platform == "win32":
+        flags = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+        breakaway = 0x1000000  # CREATE_BREAKAWAY_FROM_JOB
+        try:
+            process = Popen(command, cwd=folder, creationflags=flags | breakaway)
+        except OSError:
+            # The job that this process belongs to does not let it go.
+            process = Popen(command, cwd=folder, creationflags=flags)
+    else:
+        # The new session exists when Popen returns.
+        process = Popen(
+            command, cwd=folder, start_new_session=True,
+            stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
+        )
+    # Without a return code, Popen warns that nobody has waited for the process.
+    process.returncode = 0
+
+
+def fork_detached(folder: str) -> bool:
+    """Fork, as a daemon does. Return True in the new process, False in this one."""
+    import warnings
+
+    if sys.platform == "win32":
+        return False
+    # Python 3.12 and newer warn of a fork where a thread is running.
+    warnings.simplefilter("ignore")
+    child = os.fork()
+    if child:
+        # The child ends as soon as the new session exists.
+        os.waitpid(child, 0)
+        return False
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    # The child of the child does not lead the session, so it never gets a terminal.
+    # It lets go of all that it has inherited.
+    os.chdir(folder)
+    os.closerange(3, 1 << 16)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(null, stream)
+    return True
+
+
+def show(text: str, stream: "Optional[TextIO]") -> None:
+    """Print a text for people, if the stream is open and can be written.
+
+    What is not printable is printed as escapes, for the text may hold what was logged,
+    which could otherwise command the terminal. So is what the stream cannot encode.
+    """
+    if stream is None:
+        return
+    printable = "".join(
+        char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1]
+        for char in text
+    )
+    data = printable.encode(stream.encoding, "backslashreplace")
+    with suppress(OSError):
         print(data.decode(stream.encoding), file=stream, flush=True)
 
 
-def describe_pending(folder, logs):
-    """Return in words how many events of logs are pending, and how many of them as anonymous."""
-    kept, counts = 0, {name: "unreadable" for name in LOGS
-                       if os.path.lexists(os.path.join(folder, name + ".jsonl"))}
+def print_word(word: str) -> None:
+    """Print a word for a shell to read, without the CR that print() adds on Windows."""
+    sys.stdout.buffer.write(word.encode("ascii") + b"\n")
+    sys.stdout.flush()
+
+
+def print_body(body: bytes) -> Outcome:
+    """Print a body instead of posting it: exactly, but readable on a terminal."""
+    if sys.stdout.isatty():
+        payload = json.loads(body.decode("utf-8"))
+        show(json.dumps(payload, ensure_ascii=False, indent=2), sys.stdout)
+    else:
+        sys.stdout.buffer.write(body + b"\n")
+    return Outcome("ok", 200, "")
+
+
+def describe_pending(run: Run, logs: "List[Log]") -> str:
+    """Return how many events of each log are pending, or why it cannot be read."""
+    counts = dict.fromkeys(LOGS, 0)
+    as_anonymous = 0
+    passed_over = 0
     for log in logs:
-        begins = [begin for begin, _, event in log.lines() if event is not None]
-        counts[log.name] = len(begins)
-        kept += sum(begin < log.anonymous for begin in begins if log.mode == "community")
-    text = ", ".join(f"{counts.get(name, 0)} {name}" for name in LOGS) + " events"
-    return f"{text}, {kept} of them as anonymous" if kept else text
+        for line in log.lines():
+            if holds_event(line):
+                counts[log.name] += 1
+                if line.mode != log.mode:
+                    as_anonymous += 1
+            elif not line.is_blank:
+                passed_over += 1
+    parts = []
+    for name in LOGS:
+        problem = find_problem(run.log_path(name))
+        if problem:
+            parts.append(f"{name}.jsonl cannot be read ({problem})")
+        else:
+            parts.append(f"{counts[name]} {name} events")
+    if as_anonymous:
+        parts.append(f"{as_anonymous} of them as anonymous")
+    if passed_over:
+        parts.append(PASSED_OVER.format(passed_over))
+    return ", ".join(parts)
 
 
-def report(run):
-    """Return in lines how things stand, and what a sync would do now."""
-    state, endpoint, now = State(run.folder), "refused", ""
+def show_status(run: Run) -> None:
+    """Print how things stand: facts, and no prediction of what a sync would do."""
+    state = read_state(run.analytics)
+    last = f"{state.result} {state.timestamp}".strip() or "never"
+    problem = find_problem(os.path.join(run.analytics, ".sync-offsets"))
+    if problem:
+        last = f"unknown, .sync-offsets cannot be read ({problem})"
     try:
         endpoint = run.endpoint().geturl()
-        check(run)
     except Stop as stop:
-        now = f"nothing: {stop}"
-    with open_logs(run.folder, state.marks, run.mode) as logs:
-        pending = describe_pending(run.folder, logs)
-    last = "{last_sync_result} {last_sync_ts}".format(**state.record).strip()
-    return "\n".join([
-        "directory: " + run.home, f"telemetry: {run.mode} ({run.reason})",
-        "endpoint:  " + endpoint, "logged in: " + ("yes" if run.token() else "no"),
-        "pending:   " + pending, "last sync: " + (last or "never"),
-        "now:       a sync would send " + (now or "what is pending")])
+        endpoint = str(stop)
+    login = "a token" if read_token(run.directory) else "no usable token"
+    with open_logs(run, state, run.mode) as logs:
+        pending = describe_pending(run, logs)
+    lines = [
+        "directory: " + run.directory,
+        f"mode:      {run.mode} ({run.reason})",
+        "endpoint:  " + endpoint,
+        "login:     credentials holds " + login,
+        "pending:   " + pending,
+        "last sync: " + last,
+    ]
+    show("\n".join(lines), sys.stdout)
 
 
-def dry_run(run, mode):
-    """Print the bodies that would be posted now, or would be in a mode; change nothing."""
-    def post(body):
-        if sys.stdout.isatty():
-            show(json.dumps(json.loads(body), ensure_ascii=False, indent=2), sys.stdout)
-        else:
-            sys.stdout.buffer.write(body + b"\n")
-        return "ok"
-    show(report(run), sys.stderr)
-    if not mode:
+def print_pending(run: Run) -> None:
+    """Print yes if a sync would have something to do. If not, main() prints no."""
+    check(run)
+    print_word("yes")
+
+
+def dry_run(run: Run, preview: str) -> None:
+    """Print the bodies that would be posted; send and change nothing.
+
+    preview is a mode to try, whatever was agreed to, or "agreed" for the mode that is
+    set.
+    """
+    mode = preview
+    text = "a preview of {} mode; the mode that is set is {} ({})"
+    text = text.format(preview, run.mode, run.reason)
+    if preview == "agreed":
         check(run)
-        run.endpoint()
-    with open_logs(run.folder, State(run.folder).marks, mode or run.mode) as logs:
-        deliver(logs, run.device_id(mode or run.mode), post, save=lambda: None)
+        mode = run.mode
+        text = f"{mode} mode, to {run.endpoint().geturl()}"
+    with open_logs(run, read_state(run.analytics), mode) as logs:
+        text += ": " + describe_pending(run, logs)
+        show("secondme_sync: " + text, sys.stderr)
+        device_id = read_device_id(run.directory, mode)
+        deliver(run, logs, device_id, print_body, save=lambda: None)
+    sys.stdout.flush()
 
 
-def pending(run):
-    """Print yes or no: would a sync have something to do?"""
-    try:
-        check(run)
-        sys.stdout.buffer.write(b"yes\n")
-    except Stop as stop:
-        sys.stdout.buffer.write(b"no\n")
-        run.say(str(stop))
-
-
-def skip_pending(run):
-    """Mark all lines logged so far, but not one half written, as never to be sent."""
-    with locked_state(run.folder) as state, open_logs(run.folder, state.marks, "off") as logs:
-        text = describe_pending(run.folder, logs)
-        if "unreadable" in text:
-            raise Stop("nothing is skipped: " + text)
+def skip_pending(run: Run) -> None:
+    """Mark what is logged so far as never to be sent, in any mode."""
+    if not os.path.isdir(run.directory):
+        raise Stop("there is no directory " + run.directory)
+    paths = [run.log_path(name) for name in LOGS]
+    for path in paths:
+        problem = find_problem(path)
+        if problem:
+            raise Stop(f"{path} cannot be read: {problem}")
+    if not any(os.path.exists(path) for path in paths):
+        show("nothing is logged yet", sys.stdout)
+        return
+    with ExitStack() as stack:
+        state = stack.enter_context(lock_state(run.analytics))
+        logs = stack.enter_context(open_logs(run, state, "off"))
+        text = "never to be sent: " + describe_pending(run, logs)
         for log in logs:
-            log.offset = max((end for _, end, _ in log.lines()), default=log.offset)
-        state.save_on_disk(logs, "skipped")
-    show("never to be sent: " + text, sys.stdout)
+            for line in log.lines():
+                log.offset = line.end
+            if log.offset < log.size:
+                text += f"; the unfinished last line of {log.name}.jsonl stays"
+        state.save(logs, "skipped", flush=True)
+    show(text, sys.stdout)
 
 
-def parse_args(argv):
-    """Return (action, directory, seconds, verbose); exit on misuse."""
+# The command line.
+
+DESCRIPTION = """\
+Send the usage and feedback events that SecondMe skills have logged on this machine, if
+their user agreed to that, to the SecondMe backend:
+{}{}
+Without flags: send what is pending, and print nothing.
+"""
+
+EPILOG = """\
+exit code: 0, also where nothing could be sent; 2 for wrong flags; 1 where
+--skip-pending could not do what it says, or where only the last time limit could end
+a run.
+
+environment: SM_TEL=off or SM_TEL=anonymous lowers the mode that config sets.
+DO_NOT_TRACK=1, DISABLE_TELEMETRY=1 or CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1
+switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Python
+uses them.
+"""
+
+
+def build_parser() -> "ArgumentParser":
     import argparse
-    usage = "%(prog)s [flags]; without flags it sends what is pending, silently"
-    parser = argparse.ArgumentParser("secondme_sync", usage, allow_abbrev=False)
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--dry-run", nargs="?", const=False, choices=("anonymous", "community"),
-                       metavar="MODE", help="print the bodies that would be posted, or in MODE")
-    for flag, action, text in (
-            ("--status", lambda run: show(report(run), sys.stdout), "say how things stand"),
-            ("--pending", pending, "print yes or no: is there something to do"),
-            ("--skip-pending", skip_pending, "mark what is logged as never to be sent"),
-            ("--background", background, "sync in a process of its own, return at once")):
-        group.add_argument(flag, dest="action", action="store_const", const=action, help=text)
-    parser.add_argument("--max-time", type=float, metavar="S", default=RUN_SECONDS,
-                        help="seconds for a sync (default: %(default)s)")
-    parser.add_argument("--dir", default="~/.secondme", help="instead of ~/.secondme")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr what happens")
-    parser.add_argument("--version", action="version", version="secondme_sync " + VERSION)
-    args = parser.parse_args(argv)
-    if not args.dir or not 0 < args.max_time < float("inf"):
-        parser.error("--dir must name a directory, --max-time be a number above 0")
-    if args.dry_run is not None:
-        args.action = lambda run: dry_run(run, args.dry_run)
-    return args.action or watched_sync, args.dir, args.max_time, args.verbose
+
+    parser = argparse.ArgumentParser(
+        prog="secondme_sync",
+        usage="%(prog)s [flags]",
+        description=DESCRIPTION.format(BASE_URL, EVENTS_PATH),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(action="sync")
+    add_flags(parser.add_mutually_exclusive_group(), parser)
+    return parser
 
 
-def main(argv):
-    """Do what the flags say; return the exit code."""
-    def tell(text):
-        if verbose or action is skip_pending:
-            show("secondme_sync: " + text, sys.stderr)
-    plain = {(): watched_sync, ("--pending",): pending, ("--background",): background}
-    action, home, seconds, verbose = plain.get(tuple(argv)), "~/.secondme", RUN_SECONDS, False
-    if not action:  # those above, as skills call them, are quicker without the parser
-        action, home, seconds, verbose = parse_args(argv)
+def add_flags(actions: "Any", parser: "ArgumentParser") -> None:
+    """Add the flags, of which only one of actions may be given."""
+    actions.add_argument(
+        "--dry-run", dest="preview", nargs="?", const="agreed", default="",
+        choices=("agreed", "anonymous", "community"), metavar="MODE",
+        help="print what would be sent, or would be in MODE; send nothing",
+    )
+    for name, text in (
+        ("status", "print mode, endpoint, login, pending events, last result"),
+        ("pending", "print yes or no: is there something to send"),
+        ("skip-pending", "mark what is logged as never to be sent"),
+        ("background", "send in a new process, and return at once"),
+    ):
+        actions.add_argument(
+            "--" + name, dest="action", action="store_const", const=name, help=text
+        )
+    add = parser.add_argument
+    text = "seconds that a run may take (default: %(default)s)"
+    add("--max-time", type=float, default=RUN_SECONDS, metavar="S", help=text)
+    add("--dir", dest="directory", metavar="DIR", help="instead of ~/.secondme")
+    text = "the server, where config has no baseUrl"
+    add("--base-url", default=BASE_URL, metavar="URL", help=text)
+    add("-v", "--verbose", action="store_true", help="print to stderr what happens")
+    add("--version", action="version", version="secondme_sync " + VERSION)
+
+
+def parse_args(argv: "List[str]") -> Options:
+    """Return what the arguments ask for; exit with 2 if they are wrong."""
+    if argv in ([], ["--background"]):
+        # What skills call most. To import argparse would take them 5 ms.
+        action = "background" if argv else "sync"
+        return Options(action, "", None, BASE_URL, RUN_SECONDS, False)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.directory == "":
+        parser.error("--dir must name a directory")
+    if not 0 < options.max_time <= MAX_RUN_SECONDS:
+        parser.error("--max-time must be above 0, and a day at most")
+    if options.preview:
+        options.action = "dry-run"
+    return Options(**vars(options))
+
+
+def find_directory(option: "Optional[str]") -> str:
+    """Return the absolute path of the state directory; raise Stop without a home."""
+    if option:
+        return os.path.abspath(os.path.expanduser(option))
+    # On Windows, too, HOME comes first: the skill's shell writes its logs there.
+    home = os.path.expanduser(os.environ.get("HOME", "~"))
+    if not os.path.isabs(home):
+        # It would be a folder of the working directory, which may be anybody's.
+        raise Stop("there is no home directory")
+    return os.path.join(home, ".secondme")
+
+
+def perform(options: Options) -> None:
+    """Do what was asked for; raise Stop where that cannot be done."""
+
+    def say(message: str) -> None:
+        if options.verbose:
+            show("secondme_sync: " + message, sys.stderr)
+
+    directory = find_directory(options.directory)
+    environment = read_environment()
+    run = Run(directory, environment, options.base_url, options.max_time, say)
+    actions = {
+        "dry-run": lambda run: dry_run(run, options.preview),
+        "sync": sync_in_foreground,
+        "background": sync_in_background,
+        "status": show_status,
+        "pending": print_pending,
+        "skip-pending": skip_pending,
+    }
+    actions[options.action](run)
+
+
+def main(argv: "List[str]") -> int:
+    """Do what the arguments ask for; return the exit code."""
+    options = parse_args(argv)
+    # Somebody waits for the output of these, and is told why there is none.
+    is_told = options.verbose or options.action in ("dry-run", "skip-pending", "status")
     try:
-        action(Run(os.path.abspath(os.path.expanduser(home)), os.environ, seconds, tell))
-        print(end="", flush=True)  # what cannot be written fails here
+        perform(options)
         return 0
-    except (Exception, KeyboardInterrupt) as error:  # the last resort; other texts are not safe
-        tell("stopped: " + (str(error) if isinstance(error, Stop) else type(error).__name__))
-    return int(action is skip_pending)
+    except Stop as stop:
+        reason = str(stop)
+    except Exception as error:
+        # Its text may hold the token. Mostly, nobody reads the output any more.
+        reason = f"an unexpected error ({type(error).__name__})"
+        is_told = options.verbose or options.action == "skip-pending"
+    if is_told:
+        show("secondme_sync: stopped: " + reason, sys.stderr)
+    if options.action == "pending":
+        with suppress(Exception):
+            print_word("no")
+    return 1 if options.action == "skip-pending" else 0
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # a flush at exit could fail aloud
+    # Python's own exit would flush the streams once more, and may fail aloud.
+    os._exit(main(sys.argv[1:]))
