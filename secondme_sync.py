@@ -298,7 +298,9 @@ def parse_endpoint(base_url: "Any") -> "SplitResult":
     import urllib.parse
 
     pattern = f"({HTTPS_PATTERN}|{LOCAL_PATTERN}){PORT_AND_PATH_PATTERN}"
-    if isinstance(base_url, str) and re.fullmatch(pattern, base_url, re.IGNORECASE):
+    if isinstance(base_url, str) and re.fullmatch(
+        pattern, base_url, re.ASCII | re.IGNORECASE
+    ):
         # urlsplit raises ValueError for some hosts, and port does for large numbers.
         with suppress(ValueError):
             url = urllib.parse.urlsplit(base_url.rstrip("/") + EVENTS_PATH)
