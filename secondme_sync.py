@@ -239,13 +239,12 @@ def get_word(container: "Mapping[str, Any]", key: str) -> str:
 
 def read_environment() -> "Dict[str, str]":
     """Return the variables that can lower consent, "" for one that is not set."""
+    nonessential = os.environ.get("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "")
     return {
         "SM_TEL": os.environ.get("SM_TEL", ""),
         "DO_NOT_TRACK": os.environ.get("DO_NOT_TRACK", ""),
         "DISABLE_TELEMETRY": os.environ.get("DISABLE_TELEMETRY", ""),
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": os.environ.get(
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", ""
-        ),
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": nonessential,
     }
 
 
