@@ -1255,7 +1255,9 @@ def show_status(run: Run) -> None:
     except Stop as stop:
         endpoint = str(stop)
     login = "a token" if read_token(run.directory) else "no usable token"
-    with open_logs(run, state, run.mode) as logs:
+    # While telemetry is off, what is pending is counted as it would go in full.
+    mode = "community" if run.mode == "off" else run.mode
+    with open_logs(run, state, mode) as logs:
         pending = describe_pending(run, logs)
     lines = [
         "directory: " + run.directory,
@@ -1309,7 +1311,7 @@ def skip_pending(run: Run) -> None:
         return
     with ExitStack() as stack:
         state = stack.enter_context(lock_state(run.analytics))
-        logs = stack.enter_context(open_logs(run, state, "off"))
+        logs = stack.enter_context(open_logs(run, state, "community"))
         text = "never to be sent: " + describe_pending(run, logs)
         for log in logs:
             for line in log.lines():
