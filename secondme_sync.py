@@ -1,8 +1,8 @@
 """Send pending SecondMe telemetry. One file, standard library, Python 3.6 or newer.
 
-If its user agreed, a SecondMe skill logs usage and feedback events on this machine,
-one JSON object a line. This program sends the events that are pending to the SecondMe
-backend and records how far it got. Without consent it reads one file, config, and ends.
+If its user agreed to it, a SecondMe skill logs usage and feedback events on this
+machine, one JSON object a line. This program sends the pending events to the SecondMe
+backend, and records how far it got. Without consent, a sync reads config and ends.
 
 Usage:
     secondme_sync.py                    send what is pending; print nothing
@@ -13,9 +13,8 @@ Usage:
     secondme_sync.py --skip-pending     mark what is logged as never to be sent
     secondme_sync.py --help             list these and the other flags
 
-Exit code: 0, also where nothing could be sent; 2 for wrong flags; 1 where
---skip-pending could not do what it says, or where only the last of two time limits
-could end a run.
+Exit code: 0, even if nothing could be sent; 2 for wrong flags; 1 if --skip-pending
+failed, or if a run hung so badly that only its second time limit ended it.
 
 Reads, all in ~/.secondme:
     config                     the mode agreed to: "community", "anonymous" or "off"
@@ -23,22 +22,26 @@ Reads, all in ~/.secondme:
     .device-id                 sent in community mode only
     analytics/usage.jsonl      a log; never changed
     analytics/feedback.jsonl   a log; never changed
-    analytics/.sync-offsets    how far the logs are done
+    analytics/.sync-offsets    how much of each log is done
 Writes analytics/.sync-offsets and nothing else.
 
-Sends to https://app.mindos.com/gate/lab/api/secondme/telemetry/events/batch, or to the
-host that config names. What is sent in which mode: see ANONYMOUS_FIELDS below.
+Sends to https://app.mindos.com/gate/lab/api/secondme/telemetry/events/batch, unless
+config or --base-url names another server: by https, or by http to this machine. What
+each mode sends is in ANONYMOUS_FIELDS and COMMUNITY_FIELDS below.
+
+Environment: DO_NOT_TRACK, DISABLE_TELEMETRY and SM_TEL can lower the mode; see
+decide_consent. Proxies and certificates are used as Python's urllib uses them.
 
 Words that this file uses:
     batch    up to 100 events, sent in one request
-    mark     how far a log is done, and which log that was
+    mark     how much of a log is done, and which log that was
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
     Stop     the exception that ends a run early, with a reason
 
 Modules for the network are imported by the functions that use them: most starts have
 nothing to send, and should cost little.
 
-The contract that the sections below refer to is references/telemetry-sync.md of
+The contract that comments below refer to is references/telemetry-sync.md of
 mindverse/second-me-skills.
 """
 import os
@@ -46,11 +49,12 @@ import sys
 
 if __name__ == "__main__":
     # Piped into "python3 -", a script imports modules from the working directory, which
-    # sys.path calls "". That folder may be anybody's. (The full guard is python3 -I.)
+    # sys.path calls "". That folder may be anybody's. (os and sys are loaded already.
+    # The full guard is python3 -I.)
     sys.path = [path for path in sys.path if path]
 
-    # Ctrl-C ends the program at once and without a traceback. A run may be killed at
-    # any moment without harm, so there is nothing to tidy up.
+    # Ctrl-C ends the program at once and without a traceback, unless the caller ignores
+    # it. A kill at any moment costs one repeated batch at most: nothing to tidy up.
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -62,8 +66,10 @@ import time
 import zlib
 from collections import namedtuple
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 
-TYPE_CHECKING = False  # importing typing takes 4 ms
+# For type checkers, which take this as True. To import typing would take 4 ms.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
     from http.client import HTTPConnection
@@ -72,19 +78,16 @@ if TYPE_CHECKING:
     from typing import Optional, TextIO, Tuple
     from urllib.parse import SplitResult
 
-    Post = Callable[[bytes], "Outcome"]
-    Save = Callable[[], None]
-
 VERSION = "1.2.0"
 BASE_URL = "https://app.mindos.com/gate/lab"
 EVENTS_PATH = "/api/secondme/telemetry/events/batch"
 
 BATCH_EVENTS = 100
-BATCH_BYTES = 128 * 1024  # of log lines; a longer line is a batch of its own
+BATCH_BYTES = 128 * 1024  # log lines in a batch; a longer line goes alone
 MAX_LINE_BYTES = 1024 * 1024  # longer lines are passed over
-MAX_SMALL_BYTES = 64 * 1024  # read of config, credentials, a response
-BUFFER_BYTES = 32 * 1024  # of a file that is read, of a body that is sent
-FINGERPRINT_BYTES = 256  # of a log's beginning, to notice another log
+MAX_SMALL_BYTES = 64 * 1024  # read from config, credentials, a response
+BUFFER_BYTES = 32 * 1024  # read from a file, or sent of a body, at a time
+FINGERPRINT_BYTES = 256  # of a log's beginning, to notice a replaced log
 RECORD_BYTES = 512  # a disk sector, which is written whole or not at all
 
 RUN_SECONDS = 30  # --max-time
@@ -92,9 +95,11 @@ MAX_RUN_SECONDS = 24 * 60 * 60
 CONNECT_SECONDS = 3  # for each address of a host
 IDLE_SECONDS = 10  # without any progress of a request
 MAX_DELAY_SECONDS = 10  # before a retry
-RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}  # before the one retry, by status
+# Before the one retry, by status. After 429, Retry-After is heeded first.
+RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}
 
-# The fields of an event that are sent, by log. Contract: Anonymous Mode Stripping.
+# The fields of an event that are sent, by log. All other fields stay at home. Values
+# are sent as they were logged. Contract: Anonymous Mode Stripping.
 COMMON_FIELDS = ("skill", "ts", "version", "os", "arch", "outcome", "phases_used")
 ANONYMOUS_FIELDS = {
     "usage": COMMON_FIELDS + ("event", "duration_s", "error_class"),
@@ -106,7 +111,7 @@ COMMUNITY_FIELDS = {
     + ("session", "user_intent", "actions_summary", "error_summary", "comment"),
 }
 FIELDS = {"anonymous": ANONYMOUS_FIELDS, "community": COMMUNITY_FIELDS}
-# Sent where an event lacks the field. Other missing fields, and nulls, are not sent.
+# Sent if an event lacks the field. Any other missing field, and any null, is left out.
 DEFAULTS = {
     "skill": "secondme", "ts": "",
     "phases_used": [], "references_loaded": [], "issues": [],
@@ -120,34 +125,35 @@ OFF_SWITCHES = (
     "DO_NOT_TRACK", "DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
 )
 
-# What a base URL may look like: https to any host, plain http to this machine only. An
-# optional port and path follow. There is no user, no query and no fragment.
-HTTPS_PATTERN = r"https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
+# A base URL is https to any host, or plain http to this machine, then perhaps a port
+# and a path. It has no user, no query and no fragment.
 BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
-LOCAL_PATTERN = r"http://(localhost|127(\." + BYTE_PATTERN + r"){3}|\[::1\])"
-PORT_AND_PATH_PATTERN = r"(:[0-9]+)?(/[^@?#]*)?"
+URL_PATTERN = (
+    r"(https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
+    r"|http://(localhost|127(\." + BYTE_PATTERN + r"){3}|\[::1\]))"
+    r"(:[0-9]+)?(/[^@?#]*)?"
+)
 
-# "community", "anonymous" or "off", and in words what decided that.
+# mode: "community", "anonymous" or "off". reason: in words, what decided that.
 Consent = namedtuple("Consent", "mode reason")
-# The content of config, the token and the device id, as they were read.
+# What must not change during a run: the content of config, the token, the device id.
 Agreement = namedtuple("Agreement", "config token device_id")
-# How far a log is done. Lines that begin before anonymous_until are only ever sent as
-# anonymous. The fingerprint tells which log it was; None: an older script did not say.
+# How much of a log is done. Lines that begin before anonymous_until are only ever sent
+# as anonymous. fingerprint: a checksum of the log's beginning, None if an older script
+# wrote the record.
 Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
-# A line of a Log, from byte to byte. mode: what it may be sent as. event: its JSON
-# object, None if it holds none.
+# A line of a Log, from byte to byte. mode: what it may be sent as. event: the JSON
+# object that it holds, or None.
 Line = namedtuple("Line", "log begin end mode event is_blank")
-# first: the first Line with an event. events: what is sent of each. ends: where the
-# batch ends in each log, {} if nothing is pending. passed_over: how many lines held no
-# event, blank ones aside.
+# first: the first Line with an event. events: what is sent of each event. ends: the
+# offset in each Log where the batch ends, {} if nothing is pending. passed_over: how
+# many lines hold no event, blank ones aside.
 Batch = namedtuple("Batch", "first events ends passed_over body")
-# retry_after: the header or None. answer: the JSON object in the response or None.
-Response = namedtuple("Response", "status retry_after answer")
-# result: as it is recorded, or "refused" for a refused body. words: what happened.
-Outcome = namedtuple("Outcome", "result status words")
-NOTHING_POSTED = Outcome("nothing", 0, "")
+# result: what is recorded, or "refused" for a refused body. words: what happened.
+# retry_after: the header, or None.
+Response = namedtuple("Response", "result status words retry_after")
+NOTHING_POSTED = Response("nothing", 0, "", None)
 Options = namedtuple("Options", "action preview directory base_url max_time verbose")
-
 
 DECODER = json.JSONDecoder()
 ENCODER = json.JSONEncoder(
@@ -164,8 +170,8 @@ class Stop(Exception):
 
 def open_regular(path: str) -> "BinaryIO":
     """Open a file to read; raise OSError if there is none, or no regular one."""
+    # To open a FIFO would block. A missing file is left to open().
     if not os.path.isfile(path) and os.path.exists(path):
-        # To open a FIFO would block.
         raise OSError(0, "not a regular file")
     return open(path, "rb", BUFFER_BYTES)
 
@@ -189,7 +195,7 @@ def find_problem(path: str) -> str:
 
 
 def explain(error: OSError) -> str:
-    """Return the system's words for an error, without the other text it may have."""
+    """Return the system's words for an error, without a path or other text."""
     return error.strerror or type(error).__name__
 
 
@@ -253,9 +259,9 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
 
     config is the content of the file. The environment can only lower what it allows.
     """
-    settings = parse_object(decode(config))
     if not config:
         return Consent("off", "there is no config that can be read")
+    settings = parse_object(decode(config))
     if settings is None:
         return Consent("off", "config is not a valid JSON object")
     if "telemetry" not in settings:
@@ -296,36 +302,32 @@ def parse_endpoint(base_url: "Any") -> "SplitResult":
     import re
     import urllib.parse
 
-    pattern = f"({HTTPS_PATTERN}|{LOCAL_PATTERN}){PORT_AND_PATH_PATTERN}"
-    if isinstance(base_url, str) and re.fullmatch(
-        pattern, base_url, re.ASCII | re.IGNORECASE
-    ):
-        # urlsplit raises ValueError for some hosts, and port does for large numbers.
+    flags = re.ASCII | re.IGNORECASE
+    if isinstance(base_url, str) and re.fullmatch(URL_PATTERN, base_url, flags):
+        # Some hosts and ports that match are none, and make urllib raise ValueError.
         with suppress(ValueError):
             url = urllib.parse.urlsplit(base_url.rstrip("/") + EVENTS_PATH)
             if url.port != 0:
                 return url
-    # A user and password may stand before an "@", and must not be shown.
+    # What stands before an "@" may be a password, and must not be shown.
     shown = json.dumps(base_url)
     if "@" in shown:
         shown = '"...@' + shown.rpartition("@")[2]
     raise Stop(
-        "baseUrl " + shown[:200] + " is refused: it must be an https URL, or http for "
-        "this machine only, and have no user, query or fragment"
+        f"baseUrl {shown[:200]} is refused: it must be an https URL, or http for this "
+        "machine only, without user, query and fragment"
     )
 
 
 class Run:
     """One call of this program: where it works, what is agreed to, and its time.
 
-    directory     the state directory, an absolute path
-    analytics     the directory of the logs and of .sync-offsets
-    config        the content of config, on which consent was decided
-    mode, reason  see decide_consent
-    base_url      used where config has no baseUrl
-    max_time      seconds that the run may take
-    say           takes a message for people, which -v prints
-    clock, sleep  time.monotonic and time.sleep, unless a test gives others
+    directory  the state directory, an absolute path
+    analytics  the directory of the logs and of .sync-offsets
+    config     the content of config, on which consent was decided
+    base_url   the server, unless config names one
+    max_time   seconds that the run may take
+    say        takes a message for people, which -v prints
     """
 
     def __init__(
@@ -350,10 +352,10 @@ class Run:
         self.deadline = clock() + max_time
 
     def has_time(self, delay: float = 0) -> bool:
-        """Tell whether a request may begin after a delay.
+        """Tell whether another request may begin after a delay.
 
         In the last third of a run none does, so that hardly any is cut short and has
-        to be repeated.
+        to be repeated. (The first request of a run does not ask.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -400,7 +402,8 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # A file that is longer than a record was written by another program.
+        # What is behind our record is debris of a longer file. If there is no record of
+        # ours, another program may have written a longer one.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         self.timestamp = get_word(saved, "last_sync_ts")
@@ -412,22 +415,24 @@ class State:
         mark = get_object(get_object(saved, "resume"), log)
         fingerprint = get_count(mark, "fingerprint")
         if fingerprint is None:
-            # An older script wrote this record, or nobody has yet.
+            # The record is an older script's, or there is none yet.
             return Mark(self.completed[log], 0, None)
         offset = get_count(mark, "bytes") or 0
         return Mark(offset, get_count(mark, "anonymous") or 0, fingerprint)
 
-    def update(self, logs: "List[Log]", result: str) -> bytes:
-        """Note how far the logs are done, and a result; return the new record."""
+    def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
+        """Record how much of the logs is done, and a result.
+
+        The file must be that of lock_state(). With flush, the record outlasts a power
+        cut. Raise Stop if it cannot be written.
+        """
         for log in logs:
             self.marks[log.name] = log.mark()
             if result in ("ok", "skipped"):
                 self.completed[log.name] = log.offset
-        self.result = result
-        self.timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record = {log + "_bytes": self.completed[log] for log in LOGS}  # type: Any
-        record["last_sync_ts"] = self.timestamp
-        record["last_sync_result"] = self.result
+        record["last_sync_ts"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record["last_sync_result"] = result
         record["resume"] = {
             log: {
                 "bytes": mark.offset,
@@ -436,29 +441,24 @@ class State:
             }
             for log, mark in self.marks.items()
         }
-        return json.dumps(record).ljust(RECORD_BYTES - 1).encode("ascii") + b"\n"
+        if flush:
+            # The logs come first. Otherwise a power cut could shorten a log and keep the
+            # record, and lines that are logged later would be taken for sent.
+            for log in logs:
+                log.flush()
+        with stop_on_error(self.path):
+            self.write(json.dumps(record).encode("ascii"), flush)
 
-    def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
-        """Overwrite the record in the file, which lock_state() has opened.
-
-        With flush, it outlasts a power cut. Raise Stop if it cannot be written.
-        """
-        record = self.update(logs, result)
-        with recording(self.path):
-            if len(record) > RECORD_BYTES:
-                raise OSError(0, "the record is longer than 512 bytes")
-            if flush:
-                # The logs come first. After a power cut, new lines could otherwise land
-                # below the saved offset and never be sent.
-                for log in logs:
-                    log.flush()
-            self.file.seek(0)
-            self.file.write(record)
-            self.file.flush()
-            if flush:
-                flush_file(self.file)
-                # A longer file was another program's.
-                self.file.truncate(RECORD_BYTES)
+    def write(self, record: bytes, flush: bool) -> None:
+        if len(record) >= RECORD_BYTES:
+            raise OSError(0, "the record is longer than 512 bytes")
+        self.file.seek(0)
+        self.file.write(record.ljust(RECORD_BYTES - 1) + b"\n")
+        self.file.flush()
+        if flush:
+            flush_file(self.file)
+            # Now that the record is on the disk, cut what another program left.
+            self.file.truncate(RECORD_BYTES)
 
 
 def read_state(folder: str) -> State:
@@ -472,19 +472,21 @@ def lock_state(folder: str) -> "Iterator[State]":
     """Open .sync-offsets and lock it; raise Stop if another run has."""
     path = os.path.join(folder, ".sync-offsets")
     with ExitStack() as stack:
-        with recording(path):
+        with stop_on_error(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             file = stack.enter_context(open(descriptor, "r+b"))
-        lock_file(file)
-        with recording(path):
-            make_record_long(file, folder)
+            lock_file(file)
+            prepare_file(file, folder)
             state = State(file, path)
         yield state
 
 
 @contextmanager
-def recording(path: str) -> "Iterator[None]":
-    """Turn an OSError into a Stop: what cannot be recorded must not be sent."""
+def stop_on_error(path: str) -> "Iterator[None]":
+    """Turn an OSError about .sync-offsets into a Stop.
+
+    What cannot be recorded must not be sent.
+    """
     try:
         yield
     except OSError as error:
@@ -496,7 +498,8 @@ def recording(path: str) -> "Iterator[None]":
 def lock_file(file: "BinaryIO") -> None:
     """Lock a file until it is closed; raise Stop if another process holds its lock.
 
-    Where the file system has no locks, as some network drives, go on without.
+    Some network drives have no locks. Go on without one there, except on Windows, which
+    does not tell the difference.
     """
     if sys.platform == "win32":
         import msvcrt
@@ -518,17 +521,18 @@ def lock_file(file: "BinaryIO") -> None:
                 raise Stop("another run is at work") from None
 
 
-def make_record_long(file: "BinaryIO", folder: str) -> None:
-    """Make a file as long as a record, unless it is new, and go to its beginning.
+def prepare_file(file: "BinaryIO", folder: str) -> None:
+    """Get a new file's name to the disk, or make a short file as long as a record.
 
-    A power cut between new bytes and a new length would leave half a record.
+    To overwrite and lengthen a file in one write is not safe in a power cut, which may
+    keep the new bytes but not the new length. So it is lengthened first, with blanks.
     """
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
         file.write(b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
-        # Get the name of the new file to the disk, where a directory can be opened.
+        # Not all systems can open a directory.
         with suppress(OSError):
             directory = os.open(folder, os.O_RDONLY)
             os.fsync(directory)
@@ -554,9 +558,9 @@ def flush_file(file: "BinaryIO") -> None:
 class Log:
     """A log as it was when it was opened. Later lines are left to the next run.
 
-    name             "usage" or "feedback"
-    mode             the mode agreed to
-    size             of the log when it was opened, in bytes
+    mode             the mode to send in, "community" or "anonymous"
+    size             bytes of the log when it was opened
+    head             its first bytes
     offset           everything before it is done
     anonymous_until  lines that begin before it are only ever sent as anonymous
     """
@@ -571,28 +575,34 @@ class Log:
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
         else:
-            # The log was emptied, replaced or edited: it is read from its beginning. It
-            # may hold again what was sent as anonymous or skipped, so what it holds now
-            # is never sent in full.
+            # The log was emptied or replaced, or its beginning was edited. Then it is
+            # read from its beginning. What it holds now may be what was skipped or sent
+            # as anonymous before, so it is sent as anonymous.
             self.offset = 0
             self.anonymous_until = self.size
         if mode == "anonymous":
-            # What is pending under anonymous consent stays anonymous, whatever the user
-            # agrees to later.
+            # What this run finds pending stays anonymous, even if the user agrees to
+            # community mode before it has arrived.
             self.anonymous_until = self.size
 
     def fits(self, mark: Mark) -> bool:
         """Tell whether this is the log that a mark was saved for."""
         if mark.fingerprint is None:
             return bool(mark.offset <= self.size)
-        seen = max(mark.offset, mark.anonymous_until)
-        return bool(mark.fingerprint == zlib.crc32(self.head[:seen]))
+        found = self.fingerprint(mark.offset, mark.anonymous_until)
+        return bool(mark.fingerprint == found)
+
+    def fingerprint(self, offset: int, anonymous_until: int) -> int:
+        """Return a checksum of the log's first bytes, as far as a run had seen them.
+
+        A short log grows, and must be the same log afterwards.
+        """
+        return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
     def mark(self) -> Mark:
-        """Return how far this log is done, to be saved."""
-        # The fingerprint covers the bytes that have been seen, for a log grows.
-        seen = max(self.offset, self.anonymous_until)
-        return Mark(self.offset, self.anonymous_until, zlib.crc32(self.head[:seen]))
+        """Return how much of this log is done, to be saved."""
+        fingerprint = self.fingerprint(self.offset, self.anonymous_until)
+        return Mark(self.offset, self.anonymous_until, fingerprint)
 
     def flush(self) -> None:
         """Get the log to the disk, as far as its writers have written it."""
@@ -600,34 +610,32 @@ class Log:
         with suppress(OSError):
             os.fsync(self.file.fileno())
 
-    def read_line(self, begin: int) -> bytes:
-        """Return the line from begin, b"" at the end of the log.
+    def read_line(self, limit: int) -> bytes:
+        """Read a line, of which limit bytes may be read, b"" at the end of the log.
 
-        A line longer than 1 MiB is returned in pieces; the last ends with a newline.
+        A line longer than 1 MiB comes in pieces. The last of them ends with a newline.
         """
         try:
-            return self.file.readline(min(MAX_LINE_BYTES, self.size - begin))
+            return self.file.readline(min(MAX_LINE_BYTES, limit))
         except OSError as error:
-            raise Stop(
-                f"{self.name}.jsonl cannot be read: {explain(error)}"
-            ) from None
+            raise Stop(f"{self.name}.jsonl cannot be read: {explain(error)}") from None
 
     def lines(self) -> "Iterator[Line]":
-        """Yield the pending lines. event is None where a line is not a JSON object."""
+        """Yield the pending lines. event is None if a line is not a JSON object."""
         end = self.file.seek(self.offset)
-        while True:
+        while end < self.size:
             begin = end
-            data = self.read_line(begin)
+            data = self.read_line(self.size - end)
             end += len(data)
             text = decode(data, errors="replace")
             event = parse_object(text)
-            # The rest of a line that is too long. (A last line without a newline that
-            # is a whole JSON object does not come here: it is sent.)
+            # A JSON object needs no newline behind it: it is whole. Anything else
+            # without a newline is a line longer than 1 MiB, or not finished.
             while event is None and not data.endswith(b"\n"):
-                data = self.read_line(end)
+                data = self.read_line(self.size - end)
                 end += len(data)
                 if not data:
-                    # The end, or an unfinished last line, which waits for its rest.
+                    # It is not finished, and waits for its rest.
                     return
             # THE decision on privacy: the mode that a line is sent in.
             mode = "anonymous" if begin < self.anonymous_until else self.mode
@@ -683,23 +691,23 @@ def holds_event(line: Line) -> bool:
 def collect_batch(
     logs: "List[Log]", max_events: int, left_out: "Optional[Line]"
 ) -> Batch:
-    """Return the next events of one mode, from all logs in turn, without a body.
+    """Return the next events of one mode, of all logs in turn. There is no body yet.
 
-    left_out is a line to leave out, though it is pending.
+    left_out is a line not to put into the batch. Then there must be an event behind it.
     """
     first = None  # type: Optional[Line]
     events = []  # type: List[Dict[str, Any]]
     ends = {}
     size = 0
     passed_over = 0
-    for line in (line for log in logs for line in log.lines()):
+    for line in chain.from_iterable(log.lines() for log in logs):
         if left_out and (line.log, line.begin) == (left_out.log, left_out.begin):
             ends[line.log] = line.end
             continue
         size += line.end - line.begin
-        if ends and size > BATCH_BYTES:
+        if size > BATCH_BYTES and (first or ends and not left_out):
             break
-        if line.event is not None:
+        if line.event is not None and (not left_out or holds_event(line)):
             if first and (len(events) == max_events or line.mode != first.mode):
                 break
             first = first or line
@@ -734,45 +742,57 @@ def next_batch(
 # Send: one connection, at most one retry for each batch. Contract: Error Handling.
 
 
-def classify(response: Response) -> Outcome:
-    """Return what a response means. Success is 2xx with a JSON object, its code 0."""
-    status = response.status
+def classify(
+    status: int, answer: "Optional[Dict[str, Any]]", retry_after: "Optional[str]" = None
+) -> Response:
+    """Return what a status means, and the JSON object in the response, if there is one.
+
+    Success is 2xx with a JSON object whose code is 0.
+    """
+    result = "server_error"
+    words = "not accepted"
     if status == 401:
-        return Outcome("auth_failed", status, "the token is not accepted")
-    if status in (400, 413, 422):
-        return Outcome("refused", status, "the body is refused")
-    if 300 <= status < 400:
-        return Outcome("server_error", status, "a redirect, which is not followed")
-    if not 200 <= status < 300:
-        return Outcome("server_error", status, "not accepted")
-    if response.answer is None:
-        return Outcome("network_error", status, "the answer is not a JSON object")
-    code = get_count(response.answer, "code")
-    words = f"code {code}"
-    return Outcome("ok" if code == 0 else "server_error", status, words)
+        result = "auth_failed"
+        words = "the token is not accepted"
+    elif status in (400, 413, 422):
+        result = "refused"
+        words = "the body is refused"
+    elif 300 <= status < 400:
+        words = "a redirect, which is not followed"
+    elif 200 <= status < 300 and answer is None:
+        result = "network_error"
+        words = "the answer is not a JSON object"
+    elif 200 <= status < 300:
+        code = get_count(answer or {}, "code")
+        words = f"code {code}"
+        if code == 0:
+            result = "ok"
+    return Response(result, status, words, retry_after)
 
 
-def retry_delay(status: int, retry_after: "Optional[str]", now: float) -> (
-    "Optional[float]"
-):
+def retry_delay(response: Response, now: float) -> "Optional[float]":
     """Return the seconds to wait before the one retry, None for no retry.
 
-    retry_after is a number of seconds or a date; now is in seconds since 1970.
+    now is in seconds since 1970: Retry-After may be a date.
     """
     import email.utils
 
-    if status != 429:
-        return RETRY_SECONDS.get(status)
+    if response.status != 429:
+        return RETRY_SECONDS.get(response.status)
     delay = float(RETRY_SECONDS[429])
+    text = response.retry_after or ""
     # For bad dates, the parser raises errors of many kinds, even UnboundLocalError.
     with suppress(Exception):
-        date = email.utils.parsedate_tz(retry_after or "")
-        delay = email.utils.mktime_tz(date) - now if date else int(retry_after or "")
+        date = email.utils.parsedate_tz(text)
+        delay = email.utils.mktime_tz(date) - now if date else int(text)
     return min(max(delay, 0), MAX_DELAY_SECONDS)
 
 
 def connect(address: "Tuple[str, int]", *_: object) -> "socket":
-    """Return a TCP connection. http.client calls this as its own create_connection."""
+    """Return a TCP connection. http.client calls this as its create_connection().
+
+    It passes a time limit and a source address, too, which are not used.
+    """
     import socket
 
     host, port = address
@@ -784,31 +804,48 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
     return sock
 
 
-def make_connection(url: "SplitResult") -> "HTTPConnection":
-    """Return a connection that is not open yet: TLS, but plain http to this machine.
+def find_proxy(url: "SplitResult") -> "Tuple[str, Dict[str, str]]":
+    """Return host and port of the proxy for a URL, and headers for it; "" for none.
 
-    If the environment or the system names a proxy for https, as urllib understands it,
-    the connection leads through a tunnel of the proxy, with TLS inside.
+    Proxies are those of the environment and the system, as urllib understands them. A
+    server on this machine that speaks plain http has none.
+    """
+    if url.scheme == "http":
+        return "", {}
+    import urllib.request
+
+    # https_open is a method of ProxyHandler if there is a proxy for https. It sends
+    # nothing. It puts the proxy into request.host, unless no_proxy excludes the server,
+    # and the proxy's user and password into a header.
+    request = urllib.request.Request(url.geturl())
+    proxies = urllib.request.ProxyHandler()
+    if hasattr(proxies, "https_open"):
+        proxies.https_open(request)
+    if request.host == url.netloc:
+        return "", {}
+    login = request.get_header("Proxy-authorization")
+    return request.host, {"Proxy-Authorization": login} if login else {}
+
+
+def make_connection(
+    url: "SplitResult", proxy: str, proxy_headers: "Dict[str, str]"
+) -> "HTTPConnection":
+    """Return a connection that is not open yet, with TLS unless it is plain http.
+
+    With a proxy, TLS is spoken through a tunnel of it, with the server itself.
     """
     import http.client
 
     host = url.hostname or ""
     if url.scheme == "http":
-        return http.client.HTTPConnection(host, url.port or 80)
-    import urllib.request
-
-    # ProxyHandler has https_open if there is a proxy for https. Unless no_proxy
-    # excludes the server, https_open puts the proxy into request.host, and its user and
-    # password into a header.
-    request = urllib.request.Request(url.geturl())
-    proxies = urllib.request.ProxyHandler()
-    if hasattr(proxies, "https_open"):
-        proxies.https_open(request)
-    connection = http.client.HTTPSConnection(request.host)
-    if request.host != url.netloc:
-        login = request.get_header("Proxy-authorization")
-        headers = {"Proxy-Authorization": login} if login else {}
-        connection.set_tunnel(host, url.port or 443, headers)
+        connection = http.client.HTTPConnection(host, url.port or 80)
+    elif proxy:
+        connection = http.client.HTTPSConnection(proxy)
+        connection.set_tunnel(host, url.port or 443, proxy_headers)
+    else:
+        connection = http.client.HTTPSConnection(host, url.port or 443)
+    connection.blocksize = BUFFER_BYTES
+    connection._create_connection = connect  # type: ignore[attr-defined]
     return connection
 
 
@@ -837,11 +874,9 @@ class Sender:
     The token goes into a header of these requests and nowhere else: within TLS, or to
     this machine. A redirect is not followed.
 
-    run         see Run
-    agreement   what held when the run began
-    headers     of each request
-    server      host and port of the server, and of the proxy, for messages
-    has_begun   whether a request was begun
+    agreement  what held when consent was decided
+    server     host and port, and the proxy's, for messages
+    has_begun  whether a request was begun
     """
 
     def __init__(self, run: Run) -> None:
@@ -849,6 +884,7 @@ class Sender:
 
         url = run.endpoint()
         self.run = run
+        # The config of the beginning, so that a later change of it is noticed.
         self.agreement = run.read_agreement()._replace(config=run.config)
         self.headers = {
             "Authorization": "Bearer " + self.agreement.token,
@@ -856,34 +892,32 @@ class Sender:
             "User-Agent": "secondme_sync/" + VERSION,
         }
         self.path = url.path
+        self.server = url.netloc
         self.has_begun = False
         try:
-            self.connection = make_connection(url)
+            proxy, proxy_headers = find_proxy(url)
+            self.connection = make_connection(url, proxy, proxy_headers)
         except (OSError, ValueError, http.client.HTTPException) as error:
             name = type(error).__name__
             raise Stop(f"TLS or the proxy cannot be set up ({name})") from None
-        self.connection._create_connection = connect  # type: ignore[attr-defined]
-        self.connection.blocksize = BUFFER_BYTES
-        self.server = url.netloc
-        if self.connection.host != url.hostname:
-            peer = f"{self.connection.host}:{self.connection.port}"
-            self.server += " through the proxy " + peer
+        if proxy:
+            self.server += " through the proxy " + proxy
 
-    def post(self, body: bytes) -> Outcome:
-        """Post a body, and once more if the status says so; return what it came to."""
+    def post(self, body: bytes) -> Response:
+        """Post a body, and once more if the status says so; return what came of it."""
         response = self.request(body)
-        delay = retry_delay(response.status, response.retry_after, time.time())
+        delay = retry_delay(response, time.time())
         if delay is not None and self.run.has_time(delay):
             self.run.say(f"retry in {delay:.0f} s")
             self.run.sleep(delay)
             response = self.request(body)
-        return classify(response)
+        return response
 
     def request(self, body: bytes) -> Response:
         """Make a request; raise Stop if no answer comes.
 
         A server may close a kept connection at any moment, even while it is written to.
-        Then, and only then, the request is made again, over a new connection.
+        Only then is the request made again, over a new connection.
         """
         import http.client
         import socket
@@ -893,17 +927,17 @@ class Sender:
             try:
                 response = self.attempt(body, reuse)
             except OSError as error:
+                # Over a kept connection, all of these but a timeout mean its end.
                 if not reuse or isinstance(error, socket.timeout):
                     raise
                 response = self.attempt(body, reuse=False)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             self.connection.close()
             reason = explain_failure(error)
             raise Stop(f"network_error at {self.server}: {reason}") from None
-        outcome = classify(response)
         self.run.say(
             f"{len(body)} bytes to {self.server}: "
-            f"HTTP {outcome.status}, {outcome.words}: {outcome.result}"
+            f"HTTP {response.status}, {response.words}: {response.result}"
         )
         return response
 
@@ -921,7 +955,8 @@ class Sender:
         headers = dict(self.headers)
         headers["Content-Length"] = str(len(body))
         is_sent = False
-        # A server may answer, and close, before it has read the whole body.
+        # A server may answer, and close, before it has read the whole body. If it has
+        # not answered, read_response() fails in its turn.
         with suppress(OSError):
             # http.client sends a file block by block, and the time limit is for each.
             # Bytes it would send at once, and the limit would be for all of them.
@@ -961,35 +996,40 @@ class Sender:
         import http.client
 
         reply = self.connection.getresponse()
-        retry_after = reply.getheader("Retry-After")
-        data = bytearray(MAX_SMALL_BYTES + 1)
+        data = bytearray(MAX_SMALL_BYTES)
         size = 0
+        is_whole = False
         if 200 <= reply.status < 300:
             with suppress(OSError, http.client.HTTPException):
-                # Not read(), which has no limit on the size of a chunk.
+                # read() would make room for a chunk of any size that is announced.
                 size = reply.readinto(data)
-        if not reply.isclosed():
-            # There is more, which may never end, or something was cut short.
+                # Nothing may follow, and nothing that was announced may be missing.
+                is_whole = reply.readinto(bytearray(1)) == 0 and not reply.length
+        answer = None
+        if is_whole:
+            answer = parse_object(decode(bytes(data[:size])))
+        else:
+            # What is left of the body might be taken for the next response.
             self.connection.close()
-            return Response(reply.status, retry_after, None)
-        answer = parse_object(decode(bytes(data[:size])))
-        return Response(reply.status, retry_after, answer)
+        return classify(reply.status, answer, reply.getheader("Retry-After"))
 
 
 class Search:
     """The search for the event that makes a server refuse a batch.
 
-    The refused batch is halved until the refused event stands alone. That event is left
-    out only with proof that it is the event and not the server: since the first refusal
-    the server has accepted another event of the batch, or else it accepts the event
-    that follows, which is then posted alone. A proof serves once.
+    1. The refused batch is halved until the refused event stands alone.
+    2. Proof is needed that it is the event and not the server: the server must have
+       accepted another event since the first refusal. If the search has found no such
+       event on its way, the event behind the refused one is posted alone.
+    3. With proof, the refused event is left out for good, and a new Search begins.
+       Without proof, it stays pending, and the run ends.
 
     max_events  of the next batch
-    unsettled   how many events of the refused batch are not accepted yet; 0 while no
-                search is on
-    has_proof   whether the server has accepted another event in this search
-    refused     the refused line, once it stands alone
-    status      that it was refused with
+    unsettled   how many events of the refused batch are not accepted yet; 0 if none was
+                refused
+    has_proof   whether an event was accepted since the first refusal
+    refused     the line that stands alone
+    refusal     the same in words
     """
 
     def __init__(self) -> None:
@@ -997,25 +1037,27 @@ class Search:
         self.unsettled = 0
         self.has_proof = False
         self.refused = None  # type: Optional[Line]
-        self.status = 0
+        self.refusal = ""
 
     def note_refused(self, batch: Batch, status: int) -> None:
+        """Go on with half of a batch, or with its one event set aside."""
         if self.unsettled == 0:
             self.unsettled = len(batch.events)
         self.max_events = max(1, len(batch.events) // 2)
         if len(batch.events) == 1:
-            self.refused = batch.first
-            self.status = status
+            line = batch.first
+            self.refused = line
+            place = f"byte {line.begin} of {line.log.name}.jsonl"
+            self.refusal = f"the event at {place}, refused with HTTP {status}"
 
     def note_accepted(self, batch: Batch) -> None:
-        # If all are accepted in the end, the server limits the size of a batch. Then
-        # the search is over, and batches stay as small as they are.
+        """Count accepted events. If that settles all, no event was at fault.
+
+        Then the server limits the size of a batch, and batches stay as small as they
+        are. What was accepted is no proof for a later refusal.
+        """
         self.unsettled = max(0, self.unsettled - len(batch.events))
         self.has_proof = self.unsettled > 0
-
-    def describe(self, line: Line) -> str:
-        place = f"byte {line.begin} of {line.log.name}.jsonl"
-        return f"the event at {place}, refused with HTTP {self.status}"
 
 
 # The run, and the other things that the command line offers.
@@ -1040,7 +1082,8 @@ def check(run: Run) -> None:
 
 
 def deliver(
-    run: Run, logs: "List[Log]", device_id: str, post: "Post", save: "Save"
+    run: Run, logs: "List[Log]", device_id: str,
+    post: "Callable[[bytes], Response]", save: "Callable[[], None]",
 ) -> str:
     """Post what is pending, batch by batch; save() each time. Return the result."""
     search = Search()
@@ -1048,26 +1091,25 @@ def deliver(
         batch = next_batch(logs, device_id, search.max_events, search.refused)
         if not batch.ends:
             return "ok"
-        outcome = post(batch.body) if batch.events else NOTHING_POSTED
-        if search.refused and outcome.result in ("refused", "nothing"):
-            # Nothing proves that it is this event and not the server.
-            run.say("still pending: " + search.describe(search.refused))
+        response = post(batch.body) if batch.events else NOTHING_POSTED
+        if search.refused and response.result in ("refused", "nothing"):
+            run.say("still pending, for no other event is accepted: " + search.refusal)
             return "server_error"
-        if outcome.result == "refused":
-            search.note_refused(batch, outcome.status)
+        if response.result == "refused":
+            search.note_refused(batch, response.status)
             if not (search.refused and search.has_proof):
                 continue
-        elif outcome.result not in ("ok", "nothing"):
-            return str(outcome.result)
+        elif response.result not in ("ok", "nothing"):
+            return str(response.result)
         for log, end in batch.ends.items():
             log.offset = end
         save()
         if batch.passed_over:
             run.say(PASSED_OVER.format(batch.passed_over))
         if search.refused:
-            run.say("left out for good: " + search.describe(search.refused))
+            run.say("left out for good: " + search.refusal)
             search = Search()
-        else:
+        elif response.result == "ok":
             search.note_accepted(batch)
 
 
@@ -1077,19 +1119,20 @@ def sync(run: Run) -> None:
     with ExitStack() as stack:
         state = stack.enter_context(lock_state(run.analytics))
         logs = stack.enter_context(open_logs(run, state, run.mode))
-        # Recorded in advance: a run that cannot record must not send, and a run that is
-        # killed leaves a true result.
+        # Recorded in advance: a run that cannot record must not send, and this is the
+        # result that stands if the run is cut short.
         result = "network_error"
         state.save(logs, result, flush=True)
         try:
             sender = Sender(run)
             stack.callback(sender.connection.close)
-            device_id = sender.agreement.device_id
-
-            def save() -> None:
-                state.save(logs, "network_error", flush=False)
-
-            result = deliver(run, logs, device_id, sender.post, save)
+            result = deliver(
+                run,
+                logs,
+                sender.agreement.device_id,
+                sender.post,
+                lambda: state.save(logs, "network_error", flush=False),
+            )
         finally:
             state.save(logs, result, flush=True)
 
@@ -1111,7 +1154,8 @@ def limit_time(run: Run) -> None:
     watch.start()
     # OpenSSL may block while it holds the interpreter's lock, and then no Python thread
     # runs. This timer needs no interpreter. It ends the process with exit code 1.
-    null = open(os.devnull, "wb")  # noqa: SIM115 (kept open)
+    # faulthandler keeps the file open.
+    null = open(os.devnull, "wb")  # noqa: SIM115
     faulthandler.dump_traceback_later(run.max_time + 1, exit=True, file=null)
 
 
@@ -1124,15 +1168,20 @@ def sync_in_foreground(run: Run) -> None:
 def sync_in_background(run: Run) -> None:
     """Sync in a process that outlives this one, if there is something to do."""
     check(run)
-    # Where the script was piped in, __file__ is missing, or names no file.
+    # If the script was piped in, __file__ is missing, or names no file.
     script = globals().get("__file__", "<stdin>")
     if script != "<stdin>" and os.path.isfile(script) and sys.executable:
         command = [sys.executable, "-I", os.path.abspath(script)]
         command += ["--dir", run.directory, "--base-url", run.base_url]
         command += ["--max-time", str(run.max_time)]
         start_detached(command, run.directory)
-    elif sys.platform == "win32" or fork_detached(run.directory):
+    elif sys.platform == "win32":
+        # Without a file there is nothing to start, and Windows cannot fork.
         sync_in_foreground(run)
+    else:
+        is_new_process = fork_detached(run.directory)
+        if is_new_process:
+            sync_in_foreground(run)
 
 
 def start_detached(command: "List[str]", folder: str) -> None:
@@ -1148,7 +1197,7 @@ def start_detached(command: "List[str]", folder: str) -> None:
             # The job that this process belongs to does not let it go.
             process = Popen(command, cwd=folder, creationflags=flags)
     else:
-        # The new session exists when Popen returns.
+        # When Popen returns, the new session exists, and the caller may be killed.
         process = Popen(
             command, cwd=folder, start_new_session=True,
             stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
@@ -1161,7 +1210,7 @@ def fork_detached(folder: str) -> bool:
     """Fork, as a daemon does. Return True in the new process, False in this one."""
     import warnings
 
-    if sys.platform == "win32":
+    if sys.platform == "win32":  # for type checkers
         return False
     # Python 3.12 and newer warn of a fork where a thread is running.
     warnings.simplefilter("ignore")
@@ -1186,8 +1235,9 @@ def fork_detached(folder: str) -> bool:
 def show(text: str, stream: "Optional[TextIO]") -> None:
     """Print a text for people, if the stream is open and can be written.
 
-    What is not printable is printed as escapes, for the text may hold what was logged,
-    which could otherwise command the terminal. So is what the stream cannot encode.
+    Characters that are not printable are printed as escapes: the text may hold what was
+    logged, which could otherwise command the terminal. So are characters that the
+    stream cannot encode.
     """
     if stream is None:
         return
@@ -1206,14 +1256,14 @@ def print_word(word: str) -> None:
     sys.stdout.flush()
 
 
-def print_body(body: bytes) -> Outcome:
-    """Print a body instead of posting it: exactly, but readable on a terminal."""
+def print_body(body: bytes) -> Response:
+    """Print a body instead of posting it: indented on a terminal, or else exactly."""
     if sys.stdout.isatty():
         payload = json.loads(body.decode("utf-8"))
         show(json.dumps(payload, ensure_ascii=False, indent=2), sys.stdout)
     else:
         sys.stdout.buffer.write(body + b"\n")
-    return Outcome("ok", 200, "")
+    return Response("ok", 200, "", None)
 
 
 def describe_pending(run: Run, logs: "List[Log]") -> str:
@@ -1282,13 +1332,14 @@ def dry_run(run: Run, preview: str) -> None:
     preview is a mode to try, whatever was agreed to, or "agreed" for the mode that is
     set.
     """
-    mode = preview
-    text = "a preview of {} mode; the mode that is set is {} ({})"
-    text = text.format(preview, run.mode, run.reason)
     if preview == "agreed":
         check(run)
         mode = run.mode
         text = f"{mode} mode, to {run.endpoint().geturl()}"
+    else:
+        mode = preview
+        text = f"a preview of {mode} mode; the mode that is set is {run.mode}"
+        text += f" ({run.reason})"
     with open_logs(run, read_state(run.analytics), mode) as logs:
         text += ": " + describe_pending(run, logs)
         show("secondme_sync: " + text, sys.stderr)
@@ -1388,7 +1439,7 @@ def add_flags(actions: "Any", parser: "ArgumentParser") -> None:
 def parse_args(argv: "List[str]") -> Options:
     """Return what the arguments ask for; exit with 2 if they are wrong."""
     if argv in ([], ["--background"]):
-        # What skills call most. To import argparse would take them 5 ms.
+        # Skills call these most. To import argparse would take 5 ms.
         action = "background" if argv else "sync"
         return Options(action, "", None, BASE_URL, RUN_SECONDS, False)
     parser = build_parser()
@@ -1438,7 +1489,7 @@ def perform(options: Options) -> None:
 def main(argv: "List[str]") -> int:
     """Do what the arguments ask for; return the exit code."""
     options = parse_args(argv)
-    # Somebody waits for the output of these, and is told why there is none.
+    # A person waits for the output of these. If there is none, say why.
     is_told = options.verbose or options.action in ("dry-run", "skip-pending", "status")
     try:
         perform(options)
@@ -1446,9 +1497,10 @@ def main(argv: "List[str]") -> int:
     except Stop as stop:
         reason = str(stop)
     except Exception as error:
-        # Its text may hold the token. Mostly, nobody reads the output any more.
+        # Name only the type: the text of the error may hold the token.
         reason = f"an unexpected error ({type(error).__name__})"
-        is_told = options.verbose or options.action == "skip-pending"
+        # This is none: a program that reads the output, such as head, has ended.
+        is_told = is_told and not isinstance(error, BrokenPipeError)
     if is_told:
         show("secondme_sync: stopped: " + reason, sys.stderr)
     if options.action == "pending":
@@ -1458,5 +1510,5 @@ def main(argv: "List[str]") -> int:
 
 
 if __name__ == "__main__":
-    # Python's own exit would flush the streams once more, and may fail aloud.
+    # Python's own exit would flush the streams once more, and may print a traceback.
     os._exit(main(sys.argv[1:]))
