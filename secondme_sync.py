@@ -442,7 +442,7 @@ class State:
             for log, mark in self.marks.items()
         }
         if flush:
-            # The logs come first. Otherwise a power cut could shorten a log and keep the
+            # The logs come first. Otherwise a power cut could shorten a log but not the
             # record, and lines that are logged later would be taken for sent.
             for log in logs:
                 log.flush()
