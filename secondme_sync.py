@@ -126,12 +126,12 @@ OFF_SWITCHES = (
 )
 
 # A base URL is https to any host, or plain http to this machine, then perhaps a port
-# and a path. It has no user, no query and no fragment.
+# and a path of printable ASCII. It has no user, no query and no fragment.
 BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 URL_PATTERN = (
     r"(https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
     r"|http://(localhost|127(\." + BYTE_PATTERN + r"){3}|\[::1\]))"
-    r"(:[0-9]+)?(/[^@?#]*)?"
+    r"(:[0-9]+)?(/[!%->A-~]*)?"
 )
 
 # mode: "community", "anonymous" or "off". reason: in words, what decided that.
@@ -344,6 +344,8 @@ class Run:
         self.analytics = os.path.join(directory, "analytics")
         self.config = read_small(os.path.join(directory, "config"))
         self.mode, self.reason = decide_consent(self.config, environment)
+        # While telemetry is off, what is pending is counted as it would go in full.
+        self.mode_to_count = "community" if self.mode == "off" else self.mode
         self.base_url = base_url
         self.max_time = max_time
         self.say = say
@@ -453,8 +455,7 @@ class State:
         if len(record) >= RECORD_BYTES:
             raise OSError(0, "the record is longer than 512 bytes")
         self.file.seek(0)
-        self.file.write(record.ljust(RECORD_BYTES - 1) + b"\n")
-        self.file.flush()
+        write_all(self.file, record.ljust(RECORD_BYTES - 1) + b"\n")
         if flush:
             flush_file(self.file)
             # Now that the record is on the disk, cut what another program left.
@@ -474,7 +475,8 @@ def lock_state(folder: str) -> "Iterator[State]":
     with ExitStack() as stack:
         with stop_on_error(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            file = stack.enter_context(open(descriptor, "r+b"))
+            # Unbuffered: what a full disk does not take must not wait for close().
+            file = stack.enter_context(open(descriptor, "r+b", buffering=0))
             lock_file(file)
             prepare_file(file, folder)
             state = State(file, path)
@@ -529,7 +531,7 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     """
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
-        file.write(b" " * (RECORD_BYTES - size))
+        write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
         # Not all systems can open a directory.
@@ -540,11 +542,16 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     file.seek(0)
 
 
+def write_all(file: "BinaryIO", data: bytes) -> None:
+    """Write data to an unbuffered file; raise OSError if not all of it is taken."""
+    if file.write(data) != len(data):
+        raise OSError(0, "only a part could be written")
+
+
 def flush_file(file: "BinaryIO") -> None:
     """Get what was written to the disk, where the file system knows how."""
     import errno
 
-    file.flush()
     try:
         os.fsync(file.fileno())
     except OSError as error:
@@ -616,7 +623,7 @@ class Log:
         A line longer than 1 MiB comes in pieces. The last of them ends with a newline.
         """
         try:
-            return self.file.readline(min(MAX_LINE_BYTES, limit))
+            return self.file.readline(min(MAX_LINE_BYTES + 1, limit))
         except OSError as error:
             raise Stop(f"{self.name}.jsonl cannot be read: {explain(error)}") from None
 
@@ -628,9 +635,10 @@ class Log:
             data = self.read_line(self.size - end)
             end += len(data)
             text = decode(data, errors="replace")
-            event = parse_object(text)
+            is_too_long = len(data) > MAX_LINE_BYTES and not data.endswith(b"\n")
+            event = None if is_too_long else parse_object(text)
             # A JSON object needs no newline behind it: it is whole. Anything else
-            # without a newline is a line longer than 1 MiB, or not finished.
+            # without a newline goes on, or is not finished.
             while event is None and not data.endswith(b"\n"):
                 data = self.read_line(self.size - end)
                 end += len(data)
@@ -639,7 +647,8 @@ class Log:
                     return
             # THE decision on privacy: the mode that a line is sent in.
             mode = "anonymous" if begin < self.anonymous_until else self.mode
-            yield Line(self, begin, end, mode, event, not text)
+            is_blank = not text and not is_too_long
+            yield Line(self, begin, end, mode, event, is_blank)
 
 
 @contextmanager
@@ -808,9 +817,9 @@ def find_proxy(url: "SplitResult") -> "Tuple[str, Dict[str, str]]":
     """Return host and port of the proxy for a URL, and headers for it; "" for none.
 
     Proxies are those of the environment and the system, as urllib understands them. A
-    server on this machine that speaks plain http has none.
+    server on this machine has none.
     """
-    if url.scheme == "http":
+    if url.scheme == "http" or url.hostname == "localhost":
         return "", {}
     import urllib.request
 
@@ -909,7 +918,11 @@ class Sender:
         delay = retry_delay(response, time.time())
         if delay is not None and self.run.has_time(delay):
             self.run.say(f"retry in {delay:.0f} s")
-            self.run.sleep(delay)
+            try:
+                self.run.sleep(delay)
+            except OSError:
+                # Some sandboxes forbid it. Without a wait there is no retry.
+                return response
             response = self.request(body)
         return response
 
@@ -954,18 +967,19 @@ class Sender:
         self.has_begun = True
         headers = dict(self.headers)
         headers["Content-Length"] = str(len(body))
-        is_sent = False
-        # A server may answer, and close, before it has read the whole body. If it has
-        # not answered, read_response() fails in its turn.
-        with suppress(OSError):
-            # http.client sends a file block by block, and the time limit is for each.
-            # Bytes it would send at once, and the limit would be for all of them.
-            self.connection.request("POST", self.path, io.BytesIO(body), headers)
-            is_sent = True
-        response = self.read_response()
-        if not is_sent:
+        # http.client sends a file block by block, and the time limit is for each block.
+        # Bytes it would send at once, and the limit would be for all of them.
+        file = io.BytesIO(body)
+        try:
+            self.connection.request("POST", self.path, file, headers)
+        except OSError:
+            # A server may answer, and close, before it has read the whole body. If so,
+            # the answer is there. If not, read_response() fails in its turn.
+            self.connection.sock.settimeout(0.1)
+            response = self.read_response()
             self.connection.close()
-        return response
+            return response
+        return self.read_response()
 
     def check_agreement(self) -> None:
         """Raise Stop if consent, login or device id has changed since the run began."""
@@ -1078,6 +1092,10 @@ def check(run: Run) -> None:
             has_lines = next(log.lines(), None) is not None
             if has_lines or log.offset != state.completed[log.name]:
                 return
+    for name in LOGS:
+        problem = find_problem(run.log_path(name))
+        if problem:
+            raise Stop(f"{run.log_path(name)} cannot be read: {problem}")
     raise Stop("nothing is pending")
 
 
@@ -1171,7 +1189,8 @@ def sync_in_background(run: Run) -> None:
     # If the script was piped in, __file__ is missing, or names no file.
     script = globals().get("__file__", "<stdin>")
     if script != "<stdin>" and os.path.isfile(script) and sys.executable:
-        command = [sys.executable, "-I", os.path.abspath(script)]
+        # The real path, for /dev/stdin would be another file in the new process.
+        command = [sys.executable, "-I", os.path.realpath(script)]
         command += ["--dir", run.directory, "--base-url", run.base_url]
         command += ["--max-time", str(run.max_time)]
         start_detached(command, run.directory)
@@ -1259,8 +1278,11 @@ def print_word(word: str) -> None:
 def print_body(body: bytes) -> Response:
     """Print a body instead of posting it: indented on a terminal, or else exactly."""
     if sys.stdout.isatty():
-        payload = json.loads(body.decode("utf-8"))
-        show(json.dumps(payload, ensure_ascii=False, indent=2), sys.stdout)
+        text = body.decode("utf-8")
+        # Very deep nesting cannot be indented, and is shown as it is.
+        with suppress(RecursionError):
+            text = json.dumps(json.loads(text), ensure_ascii=False, indent=2)
+        show(text, sys.stdout)
     else:
         sys.stdout.buffer.write(body + b"\n")
     return Response("ok", 200, "", None)
@@ -1305,9 +1327,7 @@ def show_status(run: Run) -> None:
     except Stop as stop:
         endpoint = str(stop)
     login = "a token" if read_token(run.directory) else "no usable token"
-    # While telemetry is off, what is pending is counted as it would go in full.
-    mode = "community" if run.mode == "off" else run.mode
-    with open_logs(run, state, mode) as logs:
+    with open_logs(run, state, run.mode_to_count) as logs:
         pending = describe_pending(run, logs)
     lines = [
         "directory: " + run.directory,
@@ -1362,7 +1382,7 @@ def skip_pending(run: Run) -> None:
         return
     with ExitStack() as stack:
         state = stack.enter_context(lock_state(run.analytics))
-        logs = stack.enter_context(open_logs(run, state, "community"))
+        logs = stack.enter_context(open_logs(run, state, run.mode_to_count))
         text = "never to be sent: " + describe_pending(run, logs)
         for log in logs:
             for line in log.lines():
@@ -1458,7 +1478,9 @@ def find_directory(option: "Optional[str]") -> str:
     if option:
         return os.path.abspath(os.path.expanduser(option))
     # On Windows, too, HOME comes first: the skill's shell writes its logs there.
-    home = os.path.expanduser(os.environ.get("HOME", "~"))
+    home = os.environ.get("HOME", None)
+    if home is None:
+        home = os.path.expanduser("~")
     if not os.path.isabs(home):
         # It would be a folder of the working directory, which may be anybody's.
         raise Stop("there is no home directory")
