@@ -18,7 +18,7 @@ failed, or if a run hung so badly that only its second time limit ended it.
 
 Reads, all in ~/.secondme:
     config                     the mode agreed to: "community", "anonymous" or "off"
-    credentials                the token, which tells the backend whose events these are
+    credentials                the token; goes with each request, in every mode
     .device-id                 sent in community mode only
     analytics/usage.jsonl      a log; never changed
     analytics/feedback.jsonl   a log; never changed
@@ -26,11 +26,12 @@ Reads, all in ~/.secondme:
 Writes analytics/.sync-offsets and nothing else.
 
 Sends to https://app.mindos.com/gate/lab/api/secondme/telemetry/events/batch, unless
-config or --base-url names another server: by https, or by http to this machine. What
-each mode sends is in ANONYMOUS_FIELDS and COMMUNITY_FIELDS below.
+config or --base-url names another server: by https, or by http to this machine. The
+fields that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS below.
+Anonymous means fewer fields and no device id; the login is the same.
 
-Environment: DO_NOT_TRACK, DISABLE_TELEMETRY and SM_TEL can lower the mode; see
-decide_consent. Proxies and certificates are used as Python's urllib uses them.
+Environment: SM_TEL and the OFF_SWITCHES below can lower the mode; see decide_consent.
+Proxies and certificates are used as Python's urllib uses them.
 
 Words that this file uses:
     batch    up to 100 events, sent in one request
@@ -78,6 +79,8 @@ if TYPE_CHECKING:
     from typing import Optional, TextIO, Tuple
     from urllib.parse import SplitResult
 
+    Offsets = Dict["Log", int]
+
 VERSION = "1.2.0"
 BASE_URL = "https://app.mindos.com/gate/lab"
 EVENTS_PATH = "/api/secondme/telemetry/events/batch"
@@ -86,7 +89,7 @@ BATCH_EVENTS = 100
 BATCH_BYTES = 128 * 1024  # log lines in a batch; a longer line goes alone
 MAX_LINE_BYTES = 1024 * 1024  # longer lines are passed over
 MAX_SMALL_BYTES = 64 * 1024  # read from config, credentials, a response
-BUFFER_BYTES = 32 * 1024  # read from a file, or sent of a body, at a time
+BUFFER_BYTES = 32 * 1024  # in one read of a file, one write of a body
 FINGERPRINT_BYTES = 256  # of a log's beginning, to notice a replaced log
 RECORD_BYTES = 512  # a disk sector, which is written whole or not at all
 
@@ -98,7 +101,8 @@ MAX_DELAY_SECONDS = 10  # before a retry
 # Before the one retry, by status. After 429, Retry-After is heeded first.
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}
 
-# The fields of an event that are sent, by log. All other fields stay at home. Values
+# The fields of an event that are sent, by log. All other fields stay at home. Those of
+# anonymous mode are meant for categories and numbers, but values are not checked: they
 # are sent as they were logged. Contract: Anonymous Mode Stripping.
 COMMON_FIELDS = ("skill", "ts", "version", "os", "arch", "outcome", "phases_used")
 ANONYMOUS_FIELDS = {
@@ -126,7 +130,8 @@ OFF_SWITCHES = (
 )
 
 # A base URL is https to any host, or plain http to this machine, then perhaps a port
-# and a path of printable ASCII. It has no user, no query and no fragment.
+# and a path. It has no user, no query and no fragment. [!%->A-~] is printable ASCII
+# without quote, number sign, dollar, question mark and at sign.
 BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 URL_PATTERN = (
     r"(https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
@@ -149,8 +154,9 @@ Line = namedtuple("Line", "log begin end mode event is_blank")
 # offset in each Log where the batch ends, {} if nothing is pending. passed_over: how
 # many lines hold no event, blank ones aside.
 Batch = namedtuple("Batch", "first events ends passed_over body")
-# result: what is recorded, or "refused" for a refused body. words: what happened.
-# retry_after: the header, or None.
+# result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded;
+# "refused" for a refused body; "nothing" if nothing was posted. words: what happened.
+# retry_after: the header, or None. (To type checkers, all of these fields are Any.)
 Response = namedtuple("Response", "result status words retry_after")
 NOTHING_POSTED = Response("nothing", 0, "", None)
 Options = namedtuple("Options", "action preview directory base_url max_time verbose")
@@ -213,6 +219,7 @@ def decode(data: bytes, errors: str = "strict") -> str:
 def parse_object(text: str) -> "Optional[Dict[str, Any]]":
     """Return the JSON object that a text consists of, None if it is anything else."""
     try:
+        # As json.loads() does, but in half the time, for text without blanks around.
         value, end = DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None
@@ -304,7 +311,7 @@ def parse_endpoint(base_url: "Any") -> "SplitResult":
 
     flags = re.ASCII | re.IGNORECASE
     if isinstance(base_url, str) and re.fullmatch(URL_PATTERN, base_url, flags):
-        # Some hosts and ports that match are none, and make urllib raise ValueError.
+        # Some invalid hosts and ports match the pattern. urllib raises ValueError.
         with suppress(ValueError):
             url = urllib.parse.urlsplit(base_url.rstrip("/") + EVENTS_PATH)
             if url.port != 0:
@@ -344,7 +351,7 @@ class Run:
         self.analytics = os.path.join(directory, "analytics")
         self.config = read_small(os.path.join(directory, "config"))
         self.mode, self.reason = decide_consent(self.config, environment)
-        # While telemetry is off, what is pending is counted as it would go in full.
+        # For counting only: while telemetry is off, count as in community mode.
         self.mode_to_count = "community" if self.mode == "off" else self.mode
         self.base_url = base_url
         self.max_time = max_time
@@ -356,8 +363,8 @@ class Run:
     def has_time(self, delay: float = 0) -> bool:
         """Tell whether another request may begin after a delay.
 
-        In the last third of a run none does, so that hardly any is cut short and has
-        to be repeated. (The first request of a run does not ask.)
+        No request but the first begins in the last third of a run: it might be cut
+        short, and then be sent twice.
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -395,30 +402,32 @@ class State:
     marks      what resume holds, by log. The next run starts there; they move with
                every accepted batch.
 
-    The record is overwritten in place, by one write. A disk writes a sector whole or
-    not at all, and a process is not killed within so small a write. So a kill or a
-    power cut leaves the old record or the new one, and no other file.
+    The record is overwritten in place, by one write. In practice, a disk writes a
+    sector whole or not at all, and a kill does not split so small a write. So a kill or
+    a power cut leaves the old record or the new one, and no other file.
     """
 
     def __init__(self, file: "BinaryIO", path: str) -> None:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # What is behind our record is debris of a longer file. If there is no record of
-        # ours, another program may have written a longer one.
+        # First try our 512 bytes alone: what follows may be left over from a longer
+        # file. If that fails, the whole file may be another program's record.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         self.timestamp = get_word(saved, "last_sync_ts")
         self.result = get_word(saved, "last_sync_result")
-        self.completed = {log: get_count(saved, log + "_bytes") or 0 for log in LOGS}
-        self.marks = {log: self.load_mark(saved, log) for log in LOGS}
+        self.completed = {
+            name: get_count(saved, name + "_bytes") or 0 for name in LOGS
+        }
+        self.marks = {name: self.load_mark(saved, name) for name in LOGS}
 
-    def load_mark(self, saved: "Dict[str, Any]", log: str) -> Mark:
-        mark = get_object(get_object(saved, "resume"), log)
+    def load_mark(self, saved: "Dict[str, Any]", name: str) -> Mark:
+        mark = get_object(get_object(saved, "resume"), name)
         fingerprint = get_count(mark, "fingerprint")
         if fingerprint is None:
             # The record is an older script's, or there is none yet.
-            return Mark(self.completed[log], 0, None)
+            return Mark(self.completed[name], 0, None)
         offset = get_count(mark, "bytes") or 0
         return Mark(offset, get_count(mark, "anonymous") or 0, fingerprint)
 
@@ -432,20 +441,21 @@ class State:
             self.marks[log.name] = log.mark()
             if result in ("ok", "skipped"):
                 self.completed[log.name] = log.offset
-        record = {log + "_bytes": self.completed[log] for log in LOGS}  # type: Any
+        record = {name + "_bytes": self.completed[name] for name in LOGS}  # type: Any
         record["last_sync_ts"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record["last_sync_result"] = result
         record["resume"] = {
-            log: {
+            name: {
                 "bytes": mark.offset,
                 "fingerprint": mark.fingerprint,
                 "anonymous": mark.anonymous_until,
             }
-            for log, mark in self.marks.items()
+            for name, mark in self.marks.items()
         }
         if flush:
-            # The logs come first. Otherwise a power cut could shorten a log but not the
-            # record, and lines that are logged later would be taken for sent.
+            # The logs come first. Otherwise a power cut could lose the last lines of a
+            # log and keep our offset. The next lines would land before that offset and
+            # never be sent.
             for log in logs:
                 log.flush()
         with stop_on_error(self.path):
@@ -458,7 +468,8 @@ class State:
         write_all(self.file, record.ljust(RECORD_BYTES - 1) + b"\n")
         if flush:
             flush_file(self.file)
-            # Now that the record is on the disk, cut what another program left.
+            # Another program's file may be longer. To cut it before the record is on
+            # the disk could lose both.
             self.file.truncate(RECORD_BYTES)
 
 
@@ -528,6 +539,7 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
 
     To overwrite and lengthen a file in one write is not safe in a power cut, which may
     keep the new bytes but not the new length. So it is lengthened first, with blanks.
+    An empty file holds no record that could be lost.
     """
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
@@ -596,20 +608,20 @@ class Log:
         """Tell whether this is the log that a mark was saved for."""
         if mark.fingerprint is None:
             return bool(mark.offset <= self.size)
-        found = self.fingerprint(mark.offset, mark.anonymous_until)
-        return bool(mark.fingerprint == found)
+        seen = max(mark.offset, mark.anonymous_until)
+        return bool(mark.fingerprint == self.fingerprint(seen))
 
-    def fingerprint(self, offset: int, anonymous_until: int) -> int:
-        """Return a checksum of the log's first bytes, as far as a run had seen them.
+    def fingerprint(self, seen: int) -> int:
+        """Return a checksum of the log's first bytes, of at most as many as were seen.
 
-        A short log grows, and must be the same log afterwards.
+        For a log of fewer than 256 bytes grows, and must still fit its mark.
         """
-        return zlib.crc32(self.head[: max(offset, anonymous_until)])
+        return zlib.crc32(self.head[:seen])
 
     def mark(self) -> Mark:
         """Return how much of this log is done, to be saved."""
-        fingerprint = self.fingerprint(self.offset, self.anonymous_until)
-        return Mark(self.offset, self.anonymous_until, fingerprint)
+        seen = max(self.offset, self.anonymous_until)
+        return Mark(self.offset, self.anonymous_until, self.fingerprint(seen))
 
     def flush(self) -> None:
         """Get the log to the disk, as far as its writers have written it."""
@@ -627,9 +639,9 @@ class Log:
         except OSError as error:
             raise Stop(f"{self.name}.jsonl cannot be read: {explain(error)}") from None
 
-    def lines(self) -> "Iterator[Line]":
-        """Yield the pending lines. event is None if a line is not a JSON object."""
-        end = self.file.seek(self.offset)
+    def lines(self, offset: int) -> "Iterator[Line]":
+        """Yield the lines from an offset on. event is None if one is no JSON object."""
+        end = self.file.seek(offset)
         while end < self.size:
             begin = end
             data = self.read_line(self.size - end)
@@ -637,13 +649,12 @@ class Log:
             text = decode(data, errors="replace")
             is_too_long = len(data) > MAX_LINE_BYTES and not data.endswith(b"\n")
             event = None if is_too_long else parse_object(text)
-            # A JSON object needs no newline behind it: it is whole. Anything else
-            # without a newline goes on, or is not finished.
+            # No object and no newline: this is a line above 1 MiB, whose rest is read
+            # and dropped, or the unfinished last line, which waits for its rest.
             while event is None and not data.endswith(b"\n"):
                 data = self.read_line(self.size - end)
                 end += len(data)
                 if not data:
-                    # It is not finished, and waits for its rest.
                     return
             # THE decision on privacy: the mode that a line is sent in.
             mode = "anonymous" if begin < self.anonymous_until else self.mode
@@ -652,7 +663,7 @@ class Log:
 
 
 @contextmanager
-def open_logs(run: "Run", state: State, mode: str) -> "Iterator[List[Log]]":
+def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
     """Open the logs that can be read, each to go on where its mark says."""
     with ExitStack() as stack:
         logs = []
@@ -697,26 +708,26 @@ def holds_event(line: Line) -> bool:
     return True
 
 
-def collect_batch(
-    logs: "List[Log]", max_events: int, left_out: "Optional[Line]"
-) -> Batch:
+def collect_batch(logs: "List[Log]", max_events: int, behind: "Offsets") -> Batch:
     """Return the next events of one mode, of all logs in turn. There is no body yet.
 
-    left_out is a line not to put into the batch. Then there must be an event behind it.
+    behind: offsets to begin at, other than those of the logs. Then the batch is a probe
+    of the server (see Search), and goes on to the next event, however far away it is.
     """
     first = None  # type: Optional[Line]
     events = []  # type: List[Dict[str, Any]]
-    ends = {}
+    ends = dict(behind)
     size = 0
     passed_over = 0
-    for line in chain.from_iterable(log.lines() for log in logs):
-        if left_out and (line.log, line.begin) == (left_out.log, left_out.begin):
-            ends[line.log] = line.end
-            continue
+    all_lines = (log.lines(behind.get(log, log.offset)) for log in logs)
+    for line in chain.from_iterable(all_lines):
         size += line.end - line.begin
-        if size > BATCH_BYTES and (first or ends and not left_out):
+        # Full. But a batch has at least one line, and a probe at least one event.
+        if size > BATCH_BYTES and (first if behind else ends):
             break
-        if line.event is not None and (not left_out or holds_event(line)):
+        # A probe must be an event that can be encoded. In other batches, next_batch()
+        # finds those that cannot: to try each one here would encode all of them twice.
+        if line.event is not None and (not behind or holds_event(line)):
             if first and (len(events) == max_events or line.mode != first.mode):
                 break
             first = first or line
@@ -728,11 +739,11 @@ def collect_batch(
 
 
 def next_batch(
-    logs: "List[Log]", device_id: str, max_events: int, left_out: "Optional[Line]"
+    logs: "List[Log]", device_id: str, max_events: int, behind: "Offsets"
 ) -> Batch:
-    """Return the next batch, with its body. left_out: see collect_batch."""
+    """Return the next batch, with its body. behind: see collect_batch."""
     while True:
-        batch = collect_batch(logs, max_events, left_out)
+        batch = collect_batch(logs, max_events, behind)
         if not batch.events:
             return batch
         body = {"telemetryMode": batch.first.mode, "events": batch.events}
@@ -741,8 +752,8 @@ def next_batch(
         try:
             return batch._replace(body=encode_json(body))
         except (ValueError, RecursionError):
-            # There is no strict JSON for one of the events. Halve the batch until that
-            # event stands alone, and pass it over.
+            # There is no strict JSON for one of the events. Try half of them. In the
+            # end that event is alone, and is passed over.
             if len(batch.events) == 1:
                 return batch._replace(events=[], passed_over=batch.passed_over + 1)
             max_events = len(batch.events) // 2
@@ -754,7 +765,7 @@ def next_batch(
 def classify(
     status: int, answer: "Optional[Dict[str, Any]]", retry_after: "Optional[str]" = None
 ) -> Response:
-    """Return what a status means, and the JSON object in the response, if there is one.
+    """Return what a status means, together with the JSON object that came with it.
 
     Success is 2xx with a JSON object whose code is 0.
     """
@@ -816,16 +827,16 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
 def find_proxy(url: "SplitResult") -> "Tuple[str, Dict[str, str]]":
     """Return host and port of the proxy for a URL, and headers for it; "" for none.
 
-    Proxies are those of the environment and the system, as urllib understands them. A
-    server on this machine has none.
+    Proxies are those of the environment and the system, as urllib understands them.
+    Plain http, and localhost, are this machine, and need none.
     """
     if url.scheme == "http" or url.hostname == "localhost":
         return "", {}
     import urllib.request
 
-    # https_open is a method of ProxyHandler if there is a proxy for https. It sends
-    # nothing. It puts the proxy into request.host, unless no_proxy excludes the server,
-    # and the proxy's user and password into a header.
+    # ProxyHandler has a method https_open if there is a proxy for https. In spite of
+    # its name it opens nothing: it puts the proxy into request.host, unless no_proxy
+    # excludes the server, and the proxy's user and password into a header.
     request = urllib.request.Request(url.geturl())
     proxies = urllib.request.ProxyHandler()
     if hasattr(proxies, "https_open"):
@@ -841,7 +852,8 @@ def make_connection(
 ) -> "HTTPConnection":
     """Return a connection that is not open yet, with TLS unless it is plain http.
 
-    With a proxy, TLS is spoken through a tunnel of it, with the server itself.
+    With a proxy, TLS runs from here to the server through a CONNECT tunnel: the proxy
+    sees neither token nor body.
     """
     import http.client
 
@@ -893,7 +905,8 @@ class Sender:
 
         url = run.endpoint()
         self.run = run
-        # The config of the beginning, so that a later change of it is noticed.
+        # Token and device id as they are now, but config as it was when consent was
+        # decided: so a change in between is noticed, too.
         self.agreement = run.read_agreement()._replace(config=run.config)
         self.headers = {
             "Authorization": "Bearer " + self.agreement.token,
@@ -930,7 +943,7 @@ class Sender:
         """Make a request; raise Stop if no answer comes.
 
         A server may close a kept connection at any moment, even while it is written to.
-        Only then is the request made again, over a new connection.
+        In that case, the request is made once more, over a new connection.
         """
         import http.client
         import socket
@@ -940,7 +953,7 @@ class Sender:
             try:
                 response = self.attempt(body, reuse)
             except OSError as error:
-                # Over a kept connection, all of these but a timeout mean its end.
+                # A kept connection that fails, other than by a timeout, was closed.
                 if not reuse or isinstance(error, socket.timeout):
                     raise
                 response = self.attempt(body, reuse=False)
@@ -965,16 +978,15 @@ class Sender:
         if self.has_begun and not self.run.has_time():
             raise Stop("too little time is left for another request")
         self.has_begun = True
-        headers = dict(self.headers)
-        headers["Content-Length"] = str(len(body))
-        # http.client sends a file block by block, and the time limit is for each block.
-        # Bytes it would send at once, and the limit would be for all of them.
+        headers = {**self.headers, "Content-Length": str(len(body))}
+        # http.client sends a file block by block, each with a time limit of its own. A
+        # bytes object would go out in one sendall(), with one time limit for all of it.
         file = io.BytesIO(body)
         try:
             self.connection.request("POST", self.path, file, headers)
         except OSError:
-            # A server may answer, and close, before it has read the whole body. If so,
-            # the answer is there. If not, read_response() fails in its turn.
+            # A server may answer and close before it has read the whole body. Then its
+            # answer is there already. If not, read_response() fails, too.
             self.connection.sock.settimeout(0.1)
             response = self.read_response()
             self.connection.close()
@@ -982,7 +994,10 @@ class Sender:
         return self.read_response()
 
     def check_agreement(self) -> None:
-        """Raise Stop if consent, login or device id has changed since the run began."""
+        """Raise Stop if consent, login or device id has changed since the run began.
+
+        An empty token was removed before this Sender was made.
+        """
         if self.run.read_agreement() != self.agreement or not self.agreement.token:
             raise Stop("config, login or device id has changed")
 
@@ -1015,9 +1030,9 @@ class Sender:
         is_whole = False
         if 200 <= reply.status < 300:
             with suppress(OSError, http.client.HTTPException):
-                # read() would make room for a chunk of any size that is announced.
+                # Not read(): it would allocate whatever size a chunk claims to have.
                 size = reply.readinto(data)
-                # Nothing may follow, and nothing that was announced may be missing.
+                # Whole: nothing follows, and no byte of an announced length is missing.
                 is_whole = reply.readinto(bytearray(1)) == 0 and not reply.length
         answer = None
         if is_whole:
@@ -1032,45 +1047,43 @@ class Search:
     """The search for the event that makes a server refuse a batch.
 
     1. The refused batch is halved until the refused event stands alone.
-    2. Proof is needed that it is the event and not the server: the server must have
-       accepted another event since the first refusal. If the search has found no such
-       event on its way, the event behind the refused one is posted alone.
+    2. Proof is needed that it is the event and not the server: the server must accept
+       another event after the first refusal. If it has accepted none on the way, the
+       event behind the refused one is posted alone, as a probe.
     3. With proof, the refused event is left out for good, and a new Search begins.
        Without proof, it stays pending, and the run ends.
 
     max_events  of the next batch
     unsettled   how many events of the refused batch are not accepted yet; 0 if none was
                 refused
-    has_proof   whether an event was accepted since the first refusal
-    refused     the line that stands alone
-    refusal     the same in words
+    has_proof   whether a part of the refused batch was accepted, and a part is not yet
+    behind      for a probe: the offsets behind the refused event that stands alone
+    refusal     place and status of that refusal, for messages
     """
 
     def __init__(self) -> None:
         self.max_events = BATCH_EVENTS
         self.unsettled = 0
         self.has_proof = False
-        self.refused = None  # type: Optional[Line]
+        self.behind = {}  # type: Offsets
         self.refusal = ""
 
     def note_refused(self, batch: Batch, status: int) -> None:
-        """Go on with half of a batch, or with its one event set aside."""
+        """Go on with half of a batch, or behind its one event."""
         if self.unsettled == 0:
             self.unsettled = len(batch.events)
         self.max_events = max(1, len(batch.events) // 2)
         if len(batch.events) == 1:
+            self.behind = batch.ends
             line = batch.first
-            self.refused = line
             place = f"byte {line.begin} of {line.log.name}.jsonl"
             self.refusal = f"the event at {place}, refused with HTTP {status}"
 
     def note_accepted(self, batch: Batch) -> None:
-        """Count accepted events. If that settles all, no event was at fault.
-
-        Then the server limits the size of a batch, and batches stay as small as they
-        are. What was accepted is no proof for a later refusal.
-        """
+        """Count the events of an accepted batch."""
         self.unsettled = max(0, self.unsettled - len(batch.events))
+        # If all were accepted, in smaller batches, no event was at fault: the server
+        # limits the size. Forget the refusal, and the proof with it, but stay small.
         self.has_proof = self.unsettled > 0
 
 
@@ -1089,7 +1102,7 @@ def check(run: Run) -> None:
     state = read_state(run.analytics)
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
-            has_lines = next(log.lines(), None) is not None
+            has_lines = next(log.lines(log.offset), None) is not None
             if has_lines or log.offset != state.completed[log.name]:
                 return
     for name in LOGS:
@@ -1106,25 +1119,27 @@ def deliver(
     """Post what is pending, batch by batch; save() each time. Return the result."""
     search = Search()
     while True:
-        batch = next_batch(logs, device_id, search.max_events, search.refused)
+        batch = next_batch(logs, device_id, search.max_events, search.behind)
         if not batch.ends:
             return "ok"
         response = post(batch.body) if batch.events else NOTHING_POSTED
-        if search.refused and response.result in ("refused", "nothing"):
-            run.say("still pending, for no other event is accepted: " + search.refusal)
+        # With search.behind, this was a probe.
+        if search.behind and response.result in ("refused", "nothing"):
+            run.say("still pending, since no other is accepted: " + search.refusal)
             return "server_error"
         if response.result == "refused":
             search.note_refused(batch, response.status)
-            if not (search.refused and search.has_proof):
+            if not search.behind or not search.has_proof:
                 continue
         elif response.result not in ("ok", "nothing"):
             return str(response.result)
+        # Accepted, passed over, or left out with proof: this batch is done.
         for log, end in batch.ends.items():
             log.offset = end
         save()
         if batch.passed_over:
             run.say(PASSED_OVER.format(batch.passed_over))
-        if search.refused:
+        if search.behind:
             run.say("left out for good: " + search.refusal)
             search = Search()
         elif response.result == "ok":
@@ -1186,7 +1201,8 @@ def sync_in_foreground(run: Run) -> None:
 def sync_in_background(run: Run) -> None:
     """Sync in a process that outlives this one, if there is something to do."""
     check(run)
-    # If the script was piped in, __file__ is missing, or names no file.
+    # If the script was piped in, __file__ is missing or "<stdin>". A file of that name
+    # in the working directory may be anybody's.
     script = globals().get("__file__", "<stdin>")
     if script != "<stdin>" and os.path.isfile(script) and sys.executable:
         # The real path, for /dev/stdin would be another file in the new process.
@@ -1194,13 +1210,9 @@ def sync_in_background(run: Run) -> None:
         command += ["--dir", run.directory, "--base-url", run.base_url]
         command += ["--max-time", str(run.max_time)]
         start_detached(command, run.directory)
-    elif sys.platform == "win32":
-        # Without a file there is nothing to start, and Windows cannot fork.
+    elif sys.platform == "win32" or fork_detached(run.directory):
+        # This is the new process. Or it is Windows, which has no way to make one.
         sync_in_foreground(run)
-    else:
-        is_new_process = fork_detached(run.directory)
-        if is_new_process:
-            sync_in_foreground(run)
 
 
 def start_detached(command: "List[str]", folder: str) -> None:
@@ -1221,7 +1233,7 @@ def start_detached(command: "List[str]", folder: str) -> None:
             command, cwd=folder, start_new_session=True,
             stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
         )
-    # Without a return code, Popen warns that nobody has waited for the process.
+    # Pretend that it has ended, or Popen warns that it is still running.
     process.returncode = 0
 
 
@@ -1229,7 +1241,8 @@ def fork_detached(folder: str) -> bool:
     """Fork, as a daemon does. Return True in the new process, False in this one."""
     import warnings
 
-    if sys.platform == "win32":  # for type checkers
+    # Never true here: it keeps type checkers from looking for fork on Windows.
+    if sys.platform == "win32":
         return False
     # Python 3.12 and newer warn of a fork where a thread is running.
     warnings.simplefilter("ignore")
@@ -1285,6 +1298,7 @@ def print_body(body: bytes) -> Response:
         show(text, sys.stdout)
     else:
         sys.stdout.buffer.write(body + b"\n")
+        sys.stdout.flush()
     return Response("ok", 200, "", None)
 
 
@@ -1294,7 +1308,7 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     as_anonymous = 0
     passed_over = 0
     for log in logs:
-        for line in log.lines():
+        for line in log.lines(log.offset):
             if holds_event(line):
                 counts[log.name] += 1
                 if line.mode != log.mode:
@@ -1365,11 +1379,13 @@ def dry_run(run: Run, preview: str) -> None:
         show("secondme_sync: " + text, sys.stderr)
         device_id = read_device_id(run.directory, mode)
         deliver(run, logs, device_id, print_body, save=lambda: None)
-    sys.stdout.flush()
 
 
 def skip_pending(run: Run) -> None:
-    """Mark what is logged so far as never to be sent, in any mode."""
+    """Mark what is logged so far as never to be sent, in any mode.
+
+    If the beginning of a log is edited later, it counts as another log (see Log).
+    """
     if not os.path.isdir(run.directory):
         raise Stop("there is no directory " + run.directory)
     paths = [run.log_path(name) for name in LOGS]
@@ -1385,7 +1401,7 @@ def skip_pending(run: Run) -> None:
         logs = stack.enter_context(open_logs(run, state, run.mode_to_count))
         text = "never to be sent: " + describe_pending(run, logs)
         for log in logs:
-            for line in log.lines():
+            for line in log.lines(log.offset):
                 log.offset = line.end
             if log.offset < log.size:
                 text += f"; the unfinished last line of {log.name}.jsonl stays"
@@ -1478,9 +1494,7 @@ def find_directory(option: "Optional[str]") -> str:
     if option:
         return os.path.abspath(os.path.expanduser(option))
     # On Windows, too, HOME comes first: the skill's shell writes its logs there.
-    home = os.environ.get("HOME", None)
-    if home is None:
-        home = os.path.expanduser("~")
+    home = os.environ.get("HOME", os.path.expanduser("~"))
     if not os.path.isabs(home):
         # It would be a folder of the working directory, which may be anybody's.
         raise Stop("there is no home directory")
@@ -1511,7 +1525,7 @@ def perform(options: Options) -> None:
 def main(argv: "List[str]") -> int:
     """Do what the arguments ask for; return the exit code."""
     options = parse_args(argv)
-    # A person waits for the output of these. If there is none, say why.
+    # These are run by people: if they end early, say why.
     is_told = options.verbose or options.action in ("dry-run", "skip-pending", "status")
     try:
         perform(options)
@@ -1521,7 +1535,7 @@ def main(argv: "List[str]") -> int:
     except Exception as error:
         # Name only the type: the text of the error may hold the token.
         reason = f"an unexpected error ({type(error).__name__})"
-        # This is none: a program that reads the output, such as head, has ended.
+        # A broken pipe is no error: the reader of the output, such as head, has ended.
         is_told = is_told and not isinstance(error, BrokenPipeError)
     if is_told:
         show("secondme_sync: stopped: " + reason, sys.stderr)
@@ -1532,5 +1546,6 @@ def main(argv: "List[str]") -> int:
 
 
 if __name__ == "__main__":
-    # Python's own exit would flush the streams once more, and may print a traceback.
+    # All output is flushed by now. Python's own exit would try again, and might print a
+    # traceback if nobody reads it any more.
     os._exit(main(sys.argv[1:]))

@@ -4107,9 +4107,11 @@ def trouble(call, nth, how):
             if how.startswith("fail"):
                 note()
                 raise OSError(errno.ENOSPC if nth % 2 else errno.EIO, "trouble")
-            if how == "kill after":
-                real(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                if how == "kill after":
+                    real(*args, **kwargs)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
     builtins.open = open_state
@@ -4167,7 +4169,7 @@ def try_each_call(home, prepare, call, how, stride=1):
     """Yield a Trial for each call of a run: in a run of its own, that call is in trouble.
 
     Each trial begins with the same two pending batches, and ends with a second run, which is
-    well. With a stride, only every so manyth call is tried.
+    well. With a stride, only every stride-th call is tried.
     """
     prepare(home)
     pending = home.fill(BATCH, 20)
@@ -5330,7 +5332,7 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
 
     assert read_messages(backend) == [
         "N bytes to SERVER: HTTP 413, the body is refused: refused",
-        "still pending, for no other event is accepted: "
+        "still pending, since no other is accepted: "
         "the event at byte 0 of usage.jsonl, refused with HTTP 413"]
 
 
