@@ -122,7 +122,7 @@ DEFAULTS = {
 }  # type: Dict[str, Any]
 LOGS = ("usage", "feedback")  # analytics/<name>.jsonl
 
-PASSED_OVER = "lines passed over, for they hold no event: {}"
+PASSED_OVER = "lines without an event, which are passed over: {}"
 
 # Variables of the environment that switch telemetry off, unless empty, "0" or "false".
 OFF_SWITCHES = (
@@ -267,16 +267,18 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
     config is the content of the file. The environment can only lower what it allows.
     """
     if not config:
-        return Consent("off", "there is no config that can be read")
+        return Consent("off", "config is missing, empty or unreadable")
     settings = parse_object(decode(config))
     if settings is None:
         return Consent("off", "config is not a valid JSON object")
     if "telemetry" not in settings:
-        return Consent("off", "config has no key telemetry")
+        return Consent("off", "config names no mode")
     mode = settings["telemetry"]
-    reason = "telemetry in config is " + json.dumps(mode)
-    if mode not in ("anonymous", "community"):
+    reason = "config says " + json.dumps(mode)
+    if mode == "off":
         return Consent("off", reason)
+    if mode not in ("anonymous", "community"):
+        return Consent("off", reason + ", which is no mode")
 
     for name in OFF_SWITCHES:
         value = environment.get(name, "")
@@ -284,7 +286,7 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
             return Consent("off", f"{name} is {json.dumps(value)}")
     limit = environment.get("SM_TEL", "")
     if limit not in ("", "anonymous", "community"):
-        return Consent("off", "SM_TEL is " + json.dumps(limit))
+        return Consent("off", f"SM_TEL is {json.dumps(limit)}")
     if limit == "anonymous" and mode == "community":
         return Consent("anonymous", 'SM_TEL is "anonymous"')
     return Consent(mode, reason)
@@ -321,8 +323,8 @@ def parse_endpoint(base_url: "Any") -> "SplitResult":
     if "@" in shown:
         shown = '"...@' + shown.rpartition("@")[2]
     raise Stop(
-        f"baseUrl {shown[:200]} is refused: it must be an https URL, or http for this "
-        "machine only, without user, query and fragment"
+        f"the base URL {shown[:200]} is refused: it must be https, or http to this "
+        "machine, without user, query and fragment"
     )
 
 
@@ -776,7 +778,7 @@ def classify(
         words = "the token is not accepted"
     elif status in (400, 413, 422):
         result = "refused"
-        words = "the body is refused"
+        words = "the server refuses this batch"
     elif 300 <= status < 400:
         words = "a redirect, which is not followed"
     elif 200 <= status < 300 and answer is None:
@@ -963,7 +965,7 @@ class Sender:
             raise Stop(f"network_error at {self.server}: {reason}") from None
         self.run.say(
             f"{len(body)} bytes to {self.server}: "
-            f"HTTP {response.status}, {response.words}: {response.result}"
+            f"HTTP {response.status}, {response.words} ({response.result})"
         )
         return response
 
@@ -1098,7 +1100,7 @@ def check(run: Run) -> None:
     if run.mode == "off":
         raise Stop("telemetry is off: " + run.reason)
     if not read_token(run.directory):
-        raise Stop("not logged in: credentials holds no usable token")
+        raise Stop("not logged in: there is no usable token in credentials")
     state = read_state(run.analytics)
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
@@ -1179,7 +1181,7 @@ def limit_time(run: Run) -> None:
     import threading
 
     def end() -> None:
-        run.say("time is up")
+        run.say("time is up; what is not accepted yet stays pending")
         os._exit(0)
 
     watch = threading.Timer(run.max_time, end)
@@ -1323,7 +1325,7 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         else:
             parts.append(f"{counts[name]} {name} events")
     if as_anonymous:
-        parts.append(f"{as_anonymous} of them as anonymous")
+        parts.append(f"{as_anonymous} of them marked as anonymous")
     if passed_over:
         parts.append(PASSED_OVER.format(passed_over))
     return ", ".join(parts)
@@ -1333,6 +1335,8 @@ def show_status(run: Run) -> None:
     """Print how things stand: facts, and no prediction of what a sync would do."""
     state = read_state(run.analytics)
     last = f"{state.result} {state.timestamp}".strip() or "never"
+    if state.result == "network_error":
+        last += " (this stands, too, while a run is on, and if it is cut short)"
     problem = find_problem(os.path.join(run.analytics, ".sync-offsets"))
     if problem:
         last = f"unknown, .sync-offsets cannot be read ({problem})"
@@ -1347,7 +1351,7 @@ def show_status(run: Run) -> None:
         "directory: " + run.directory,
         f"mode:      {run.mode} ({run.reason})",
         "endpoint:  " + endpoint,
-        "login:     credentials holds " + login,
+        f"login:     {login} in credentials",
         "pending:   " + pending,
         "last sync: " + last,
     ]
@@ -1360,13 +1364,12 @@ def print_pending(run: Run) -> None:
     print_word("yes")
 
 
-def dry_run(run: Run, preview: str) -> None:
+def dry_run(run: Run, preview: "Optional[str]") -> None:
     """Print the bodies that would be posted; send and change nothing.
 
-    preview is a mode to try, whatever was agreed to, or "agreed" for the mode that is
-    set.
+    preview is a mode to try, whatever was agreed to, or None for the mode that is set.
     """
-    if preview == "agreed":
+    if preview is None:
         check(run)
         mode = run.mode
         text = f"{mode} mode, to {run.endpoint().geturl()}"
@@ -1387,7 +1390,7 @@ def skip_pending(run: Run) -> None:
     If the beginning of a log is edited later, it counts as another log (see Log).
     """
     if not os.path.isdir(run.directory):
-        raise Stop("there is no directory " + run.directory)
+        raise Stop(f"there is no directory {run.directory} yet")
     paths = [run.log_path(name) for name in LOGS]
     for path in paths:
         problem = find_problem(path)
@@ -1435,7 +1438,7 @@ def build_parser() -> "ArgumentParser":
 
     parser = argparse.ArgumentParser(
         prog="secondme_sync",
-        usage="%(prog)s [flags]",
+        usage="%(prog)s [flags]  (--help lists them)",
         description=DESCRIPTION.format(BASE_URL, EVENTS_PATH),
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1449,9 +1452,9 @@ def build_parser() -> "ArgumentParser":
 def add_flags(actions: "Any", parser: "ArgumentParser") -> None:
     """Add the flags, of which only one of actions may be given."""
     actions.add_argument(
-        "--dry-run", dest="preview", nargs="?", const="agreed", default="",
-        choices=("agreed", "anonymous", "community"), metavar="MODE",
-        help="print what would be sent, or would be in MODE; send nothing",
+        "--dry-run", dest="preview", nargs="?", const=None, default="",
+        choices=("anonymous", "community"), metavar="MODE",
+        help="print what would be sent, or what MODE would send; send nothing",
     )
     for name, text in (
         ("status", "print mode, endpoint, login, pending events, last result"),
@@ -1468,7 +1471,8 @@ def add_flags(actions: "Any", parser: "ArgumentParser") -> None:
     add("--dir", dest="directory", metavar="DIR", help="instead of ~/.secondme")
     text = "the server, where config has no baseUrl"
     add("--base-url", default=BASE_URL, metavar="URL", help=text)
-    add("-v", "--verbose", action="store_true", help="print to stderr what happens")
+    text = "print to stderr what happens; a sync still sends"
+    add("-v", "--verbose", action="store_true", help=text)
     add("--version", action="version", version="secondme_sync " + VERSION)
 
 
@@ -1484,7 +1488,7 @@ def parse_args(argv: "List[str]") -> Options:
         parser.error("--dir must name a directory")
     if not 0 < options.max_time <= MAX_RUN_SECONDS:
         parser.error("--max-time must be above 0, and a day at most")
-    if options.preview:
+    if options.preview != "":
         options.action = "dry-run"
     return Options(**vars(options))
 
@@ -1497,7 +1501,7 @@ def find_directory(option: "Optional[str]") -> str:
     home = os.environ.get("HOME", os.path.expanduser("~"))
     if not os.path.isabs(home):
         # It would be a folder of the working directory, which may be anybody's.
-        raise Stop("there is no home directory")
+        raise Stop("there is no home directory: HOME must be an absolute path")
     return os.path.join(home, ".secondme")
 
 
@@ -1538,7 +1542,11 @@ def main(argv: "List[str]") -> int:
         # A broken pipe is no error: the reader of the output, such as head, has ended.
         is_told = is_told and not isinstance(error, BrokenPipeError)
     if is_told:
-        show("secondme_sync: stopped: " + reason, sys.stderr)
+        effects = {
+            "dry-run": "nothing would be sent", "skip-pending": "nothing is skipped",
+        }
+        effect = effects.get(options.action, "stopped")
+        show(f"secondme_sync: {effect}: {reason}", sys.stderr)
     if options.action == "pending":
         with suppress(Exception):
             print_word("no")

@@ -297,7 +297,7 @@ def test_environment_of_the_process_is_read(home, environment, pending):
 
 @pytest.mark.parametrize("content, reason", [
     # content of config, in the reason
-    (b"", "no config"),
+    (b"", "missing, empty"),
     (b" ", "not a valid JSON object"),
     (b"community", "not a valid JSON object"),
     (b'"community"', "not a valid JSON object"),
@@ -309,9 +309,9 @@ def test_environment_of_the_process_is_read(home, environment, pending):
     (b'{"telemetry": "community", "note": "\xff"}', "not a valid JSON object"),
     (b'\xff\xfe{"telemetry": "community"}', "not a valid JSON object"),
     ('{"telemetry": "community"}'.encode("utf-16"), "not a valid JSON object"),
-    (b"{}", "no key"),
-    (b'{"Telemetry": "community"}', "no key"),
-    (b'{"settings": {"telemetry": "community"}}', "no key"),
+    (b"{}", "names no mode"),
+    (b'{"Telemetry": "community"}', "names no mode"),
+    (b'{"settings": {"telemetry": "community"}}', "names no mode"),
 ])
 def test_config_without_valid_telemetry_means_off(home, content, reason):
     home.fill(1)
@@ -4627,7 +4627,7 @@ def test_failing_model_shows_event_and_history(home):
 # Command line.
 
 ENDPOINT = NOWHERE + "/gate/lab" + secondme_sync.EVENTS_PATH  # of the fixture home
-PASSED_OVER = "lines passed over, for they hold no event: %d"
+PASSED_OVER = "lines without an event, which are passed over: %d"
 
 
 def counted(**numbers):
@@ -4727,8 +4727,8 @@ def test_preview_keeps_anonymous_what_was_seen_as_anonymous(home):
         + ", " + PASSED_OVER % 1, id="passed over"),
     pytest.param(
         None, ["anonymous"], {},
-        'a preview of anonymous mode; the mode that is set is community (telemetry in config is '
-        '"community"): ' + counted(usage=2, feedback=1), id="preview"),
+        'a preview of anonymous mode; the mode that is set is community (config says "community"): '
+        + counted(usage=2, feedback=1), id="preview"),
     pytest.param(
         None, ["community"], {"DO_NOT_TRACK": "1"},
         'a preview of community mode; the mode that is set is off (DO_NOT_TRACK is "1"): '
@@ -4760,7 +4760,7 @@ def test_dry_run_says_why_it_prints_nothing(home, change, reason):
 
     assert result.code == 0
     assert result.out == b""
-    assert result.err.startswith(b"secondme_sync: stopped: ")
+    assert result.err.startswith(b"secondme_sync: nothing would be sent: ")
     assert reason in result.err.decode("utf-8")
 
 
@@ -4768,7 +4768,7 @@ def test_dry_run_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
     assert home.main("--dry-run").err.decode("utf-8").endswith(
-        ": " + counted(usage=5, feedback=2) + ", 3 of them as anonymous\n")
+        ": " + counted(usage=5, feedback=2) + ", 3 of them marked as anonymous\n")
 
 
 def show_on_terminal(home, *flags, **env):
@@ -4855,9 +4855,9 @@ def test_status_prints_six_lines(home):
     assert result.err == b""
     assert result.out.decode("utf-8") == (
         "directory: %s\n"
-        "mode:      community (telemetry in config is \"community\")\n"
+        "mode:      community (config says \"community\")\n"
         "endpoint:  %s\n"
-        "login:     credentials holds a token\n"
+        "login:     a token in credentials\n"
         "pending:   %s\n"
         "last sync: never\n" % (home.dir, ENDPOINT, counted(usage=2, feedback=1)))
 
@@ -4876,23 +4876,23 @@ def remove_state_directory(home):
     # change, environment, what --status shows
     pytest.param(
         lambda home: home.configure(telemetry="off"), {},
-        {"mode": 'off (telemetry in config is "off")',
+        {"mode": 'off (config says "off")',
          "pending": counted(usage=2, feedback=1)}, id="off"),
     pytest.param(
         lambda home: home.configure(telemetry="Community"), {},
-        {"mode": 'off (telemetry in config is "Community")'}, id="unknown mode"),
+        {"mode": 'off (config says "Community", which is no mode)'}, id="unknown mode"),
     pytest.param(
         lambda home: home.configure(telemetry=True), {},
-        {"mode": "off (telemetry in config is true)"}, id="mode of another type"),
+        {"mode": "off (config says true, which is no mode)"}, id="mode of another type"),
     pytest.param(
         lambda home: home.configure(telemetry="\u202e\u009b"), {},
-        {"mode": 'off (telemetry in config is "\\u202e\\u009b")'}, id="unprintable mode"),
+        {"mode": 'off (config says "\\u202e\\u009b", which is no mode)'}, id="unprintable mode"),
     pytest.param(
         lambda home: home.configure(telemetry=None), {},
-        {"mode": "off (config has no key telemetry)"}, id="no mode"),
+        {"mode": "off (config names no mode)"}, id="no mode"),
     pytest.param(
         lambda home: home.path_of("config").unlink(), {},
-        {"mode": "off (there is no config that can be read)"}, id="no config"),
+        {"mode": "off (config is missing, empty or unreadable)"}, id="no config"),
     pytest.param(
         lambda home: home.write("config", '{"telemetry": "community",}'), {},
         {"mode": "off (config is not a valid JSON object)"}, id="broken config"),
@@ -4914,10 +4914,10 @@ def remove_state_directory(home):
         {"mode": 'off (CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC is "1")'}, id="nonessential"),
     pytest.param(
         Home.log_out, {},
-        {"login": "credentials holds no usable token"}, id="not logged in"),
+        {"login": "no usable token in credentials"}, id="not logged in"),
     pytest.param(
         lambda home: home.write("credentials", {"accessToken": "two words"}), {},
-        {"login": "credentials holds no usable token"}, id="unusable token"),
+        {"login": "no usable token in credentials"}, id="unusable token"),
     pytest.param(
         lambda home: home.configure(baseUrl=None), {},
         {"endpoint": secondme_sync.BASE_URL + secondme_sync.EVENTS_PATH}, id="no baseUrl"),
@@ -4930,8 +4930,8 @@ def remove_state_directory(home):
         {"pending": counted(usage=0)}, id="all is sent"),
     pytest.param(
         remove_state_directory, {},
-        {"mode": "off (there is no config that can be read)",
-         "login": "credentials holds no usable token",
+        {"mode": "off (config is missing, empty or unreadable)",
+         "login": "no usable token in credentials",
          "pending": counted(usage=0),
          "last sync": "never"}, id="no directory"),
 ])
@@ -4956,13 +4956,13 @@ def test_status_shows_how_things_stand(home, change, environ, shown):
 def test_status_shows_a_refused_base_url(home, base_url, shown):
     home.configure(baseUrl=base_url)
 
-    assert status(home)["endpoint"].startswith("baseUrl %s is refused: " % shown)
+    assert status(home)["endpoint"].startswith("the base URL %s is refused: " % shown)
 
 
 def test_status_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
-    assert status(home)["pending"] == counted(usage=5, feedback=2) + ", 3 of them as anonymous"
+    assert status(home)["pending"] == counted(usage=5, feedback=2) + ", 3 of them marked as anonymous"
 
 
 @pytest.mark.parametrize("reply, result", [(OK, "ok"), (answer(401), "auth_failed")])
@@ -5194,7 +5194,7 @@ def test_skip_pending_without_logs_says_so(home, has_analytics):
     pytest.param(replace_usage_log_by_folder,
                  "{usage_log} cannot be read: not a regular file\n", id="log is a folder"),
     pytest.param(remove_state_directory,
-                 "there is no directory {home.dir}\n", id="no directory"),
+                 "there is no directory {home.dir} yet\n", id="no directory"),
 ])
 def test_skip_pending_that_fails_says_why(home, change, reason):
     home.fill(1)
@@ -5206,7 +5206,7 @@ def test_skip_pending_that_fails_says_why(home, change, reason):
     expected = reason.format(home=home, usage_log=home.path_of("usage.jsonl"))
     assert result.code == 1
     assert result.out == b""
-    assert result.err.decode("utf-8").startswith("secondme_sync: stopped: " + expected)
+    assert result.err.decode("utf-8").startswith("secondme_sync: nothing is skipped: " + expected)
     assert result.err.count(b"\n") == 1
     assert home.snapshot() == before
 
@@ -5264,7 +5264,7 @@ def test_base_url_of_command_line_obeys_the_same_rules(home):
 
     result = home.main("--status", "--base-url", "http://example.test")
 
-    assert b'endpoint:  baseUrl "http://example.test" is refused' in result.out
+    assert b'endpoint:  the base URL "http://example.test" is refused' in result.out
     assert home.run("--base-url", "http://example.test") == SILENT
     assert home.result == "network_error"
 
@@ -5278,26 +5278,26 @@ def read_messages(backend):
 
 @pytest.mark.parametrize("script, said", [
     # answers, what -v says
-    pytest.param([OK], ["N bytes to SERVER: HTTP 200, code 0: ok"], id="ok"),
+    pytest.param([OK], ["N bytes to SERVER: HTTP 200, code 0 (ok)"], id="ok"),
     pytest.param([answer(200, {"code": 1001})],
-                 ["N bytes to SERVER: HTTP 200, code 1001: server_error"], id="code"),
+                 ["N bytes to SERVER: HTTP 200, code 1001 (server_error)"], id="code"),
     pytest.param([answer(200, {"code": "0"})],
-                 ["N bytes to SERVER: HTTP 200, code None: server_error"], id="no code"),
+                 ["N bytes to SERVER: HTTP 200, code None (server_error)"], id="no code"),
     pytest.param([answer(200, b"<html>")],
-                 ["N bytes to SERVER: HTTP 200, the answer is not a JSON object: network_error"],
+                 ["N bytes to SERVER: HTTP 200, the answer is not a JSON object (network_error)"],
                  id="no JSON"),
     pytest.param([answer(302, Location="https://example.test")],
-                 ["N bytes to SERVER: HTTP 302, a redirect, which is not followed: server_error"],
+                 ["N bytes to SERVER: HTTP 302, a redirect, which is not followed (server_error)"],
                  id="redirect"),
     pytest.param([answer(500)],
-                 ["N bytes to SERVER: HTTP 500, not accepted: server_error"], id="500"),
+                 ["N bytes to SERVER: HTTP 500, not accepted (server_error)"], id="500"),
     pytest.param([answer(401)],
-                 ["N bytes to SERVER: HTTP 401, the token is not accepted: auth_failed"],
+                 ["N bytes to SERVER: HTTP 401, the token is not accepted (auth_failed)"],
                  id="401"),
     pytest.param([answer(429, Retry_After=7), OK],
-                 ["N bytes to SERVER: HTTP 429, not accepted: server_error",
+                 ["N bytes to SERVER: HTTP 429, not accepted (server_error)",
                   "retry in 7 s",
-                  "N bytes to SERVER: HTTP 200, code 0: ok"], id="retry"),
+                  "N bytes to SERVER: HTTP 200, code 0 (ok)"], id="retry"),
     pytest.param([DROP],
                  ["network_error at SERVER: no answer (RemoteDisconnected)"], id="no answer"),
     pytest.param([answers.no_http],
@@ -5319,9 +5319,9 @@ def test_verbose_says_which_event_is_left_out(home):
 
     place = "the event at byte %d of usage.jsonl" % len(line(usage(0)))
     assert read_messages(backend) == [
-        "N bytes to SERVER: HTTP 422, the body is refused: refused",
-        "N bytes to SERVER: HTTP 200, code 0: ok",
-        "N bytes to SERVER: HTTP 422, the body is refused: refused",
+        "N bytes to SERVER: HTTP 422, the server refuses this batch (refused)",
+        "N bytes to SERVER: HTTP 200, code 0 (ok)",
+        "N bytes to SERVER: HTTP 422, the server refuses this batch (refused)",
         "left out for good: " + place + ", refused with HTTP 422"]
 
 
@@ -5331,7 +5331,7 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
     backend = home.deliver(answer(413))
 
     assert read_messages(backend) == [
-        "N bytes to SERVER: HTTP 413, the body is refused: refused",
+        "N bytes to SERVER: HTTP 413, the server refuses this batch (refused)",
         "still pending, since no other is accepted: "
         "the event at byte 0 of usage.jsonl, refused with HTTP 413"]
 
@@ -5342,7 +5342,7 @@ def test_verbose_counts_lines_passed_over(home):
     backend = home.deliver()
 
     assert read_messages(backend) == [
-        "N bytes to SERVER: HTTP 200, code 0: ok",
+        "N bytes to SERVER: HTTP 200, code 0 (ok)",
         PASSED_OVER % 2]
 
 
@@ -5353,7 +5353,7 @@ def test_verbose_prints_to_stderr(home, flag):
     with home.backend() as backend:
         result = home.run(flag)
 
-    said = "secondme_sync: %d bytes to 127.0.0.1:%d: HTTP 200, code 0: ok\n" % (
+    said = "secondme_sync: %d bytes to 127.0.0.1:%d: HTTP 200, code 0 (ok)\n" % (
         len(backend.requests[0].body), backend.port)
     assert result == Result(0, b"", said.encode())
 
@@ -5361,14 +5361,14 @@ def test_verbose_prints_to_stderr(home, flag):
 @pytest.mark.parametrize("change, reason", [
     # change of a home with 1 usage event, why a run stops
     pytest.param(lambda home: home.configure(telemetry="off"),
-                 'telemetry is off: telemetry in config is "off"', id="off"),
+                 'telemetry is off: config says "off"', id="off"),
     pytest.param(Home.log_out,
-                 "not logged in: credentials holds no usable token", id="not logged in"),
+                 "not logged in: there is no usable token in credentials", id="not logged in"),
     pytest.param(lambda home: home.rewrite("usage"),
                  "nothing is pending", id="nothing pending"),
     pytest.param(lambda home: home.configure(baseUrl="http://example.test"),
-                 'baseUrl "http://example.test" is refused: it must be an https URL, or http for '
-                 'this machine only, without user, query and fragment', id="refused baseUrl"),
+                 'the base URL "http://example.test" is refused: it must be https, or http to '
+                 'this machine, without user, query and fragment', id="refused baseUrl"),
     pytest.param(lambda home: None,
                  "network_error at 127.0.0.1:9: no answer (ConnectionRefusedError)",
                  id="nothing listens"),
@@ -5393,9 +5393,8 @@ def test_verbose_says_that_another_run_is_at_work(home, hold):
         hold.over.set()
         wait(first)
 
-    said = b"secondme_sync: stopped: another run is at work\n"
-    assert sync == Result(0, b"", said)
-    assert skip == Result(1, b"", said)
+    assert sync == Result(0, b"", b"secondme_sync: stopped: another run is at work\n")
+    assert skip == Result(1, b"", b"secondme_sync: nothing is skipped: another run is at work\n")
 
 
 @pytest.mark.parametrize("path, error", [
@@ -5480,7 +5479,7 @@ def test_verbose_says_that_time_is_up(home, hold):
     with home.backend(hold):
         result = home.run("-v", "--max-time", "0.5")
 
-    assert result == Result(0, b"", b"secondme_sync: time is up\n")
+    assert result == Result(0, b"", b"secondme_sync: time is up; what is not accepted yet stays pending\n")
 
 
 def test_verbose_says_that_no_answer_came_in_time(home, hold, monkeypatch):
@@ -5572,7 +5571,7 @@ def test_home_that_is_no_absolute_path_is_not_used(tmp_path, value, folder):
                              cwd=str(tmp_path))
         result = wait(process)
 
-    assert result == Result(0, b"", b"secondme_sync: stopped: there is no home directory\n")
+    assert result == Result(0, b"", b"secondme_sync: stopped: there is no home directory: HOME must be an absolute path\n")
     assert home.offsets() is None
 
 
@@ -5587,7 +5586,7 @@ def test_user_without_home_and_name_is_silent(open_home):
 
     result = home.run("-v", shim=AS_NAMELESS, PYTHONPATH=str(ROOT), HOME=None)
 
-    assert result == Result(0, b"", b"secondme_sync: stopped: there is no home directory\n")
+    assert result == Result(0, b"", b"secondme_sync: stopped: there is no home directory: HOME must be an absolute path\n")
 
 
 def test_home_wins_over_userprofile(home, tmp_path):
@@ -5611,23 +5610,24 @@ os.fstat = fail
 """ % TOKEN
 
 
-@pytest.mark.parametrize("flags, code, out, is_told", [
-    # flags              code  stdout   is_told
-    ([],                 0,    b"",     False),
-    (["-v"],             0,    b"",     True),
-    (["--background"],   0,    b"",     False),
-    (["--pending"],      0,    b"no\n", False),
-    (["--dry-run"],      0,    b"",     True),
-    (["--status"],       0,    b"",     True),
-    (["--skip-pending"], 1,    b"",     True),
+@pytest.mark.parametrize("flags, code, out, said", [
+    # flags              code  stdout   said
+    ([],                 0,    b"",     ""),
+    (["-v"],             0,    b"",     "stopped"),
+    (["--background"],   0,    b"",     ""),
+    (["--pending"],      0,    b"no\n", ""),
+    (["--dry-run"],      0,    b"",     "nothing would be sent"),
+    (["--status"],       0,    b"",     "stopped"),
+    (["--skip-pending"], 1,    b"",     "nothing is skipped"),
 ], ids=lambda value: " ".join(value) or "sync" if isinstance(value, list) else None)
-def test_unexpected_error_is_named_by_its_type(home, flags, code, out, is_told):
+def test_unexpected_error_is_named_by_its_type(home, flags, code, out, said):
     home.fill(1)
 
     result = home.run(*flags, shim=FAILING_FSTAT)
 
-    said = b"secondme_sync: stopped: an unexpected error (ValueError)\n"
-    assert result == Result(code, out, said if is_told else b"")
+    if said:
+        said = "secondme_sync: %s: an unexpected error (ValueError)\n" % said
+    assert result == Result(code, out, said.encode())
 
 
 @pytest.mark.parametrize("error, name", [
@@ -5665,7 +5665,7 @@ def help_text(home):
     result = home.run("--help", COLUMNS="80")
     assert result.code == 0
     assert result.err == b""
-    return result.out.decode("ascii")
+    return result.out.decode("ascii").replace("\r\n", "\n")
 
 
 def test_help_says_where_events_are_sent(help_text):
