@@ -6584,19 +6584,18 @@ def test_preflight_block_prints_yes_or_no(machine, events, said):
 def test_preflight_block_says_that_the_script_is_missing(machine):
     (machine.path / ".claude" / "skills").rename(machine.path / "elsewhere")
     result = machine.shell(block_with("--pending "))
-    assert result.out.startswith(b"HAS_PENDING_SYNC: no (python3 or ")
-    assert b"secondme_sync.py is missing)" in result.out
+    assert result.out.startswith(b"HAS_PENDING_SYNC: no (python3 cannot run ")
 
 
 @needs_bash
 def test_preflight_block_says_that_python_is_missing(machine):
     result = machine.shell(block_with("--pending "), path="/nowhere")
-    assert result.out.startswith(b"HAS_PENDING_SYNC: no (python3 or ")
+    assert result.out.startswith(b"HAS_PENDING_SYNC: no (python3 cannot run ")
 
 
 @needs_bash
 @pytest.mark.parametrize("words", [
-    pytest.param("--background --base-url", id="background catch-up"),
+    pytest.param('"$SYNC" --background', id="background catch-up"),
     pytest.param('"$SYNC" --base-url', id="post-session sync"),
     pytest.param("SYNC_EOF", id="heredoc"),
     pytest.param(None, id="hook"),
@@ -6618,7 +6617,7 @@ def test_blocks_for_skills_deliver_in_silence(machine, words):
 
 
 @needs_bash
-@pytest.mark.parametrize("words", ["--background --base-url", '"$SYNC" --base-url'])
+@pytest.mark.parametrize("words", ['"$SYNC" --background', '"$SYNC" --base-url'])
 def test_blocks_for_skills_are_silent_without_python(machine, words):
     assert machine.shell(block_with(words), path="/nowhere") == SILENT
 
@@ -6724,7 +6723,7 @@ def test_table_of_flags_is_that_of_help(home):
     ("log lines in a request", secondme_sync.BATCH_BYTES // 1024),
     ("longest line", secondme_sync.MAX_LINE_BYTES // 1024),
     ("answer of the server", secondme_sync.MAX_SMALL_BYTES // 1024),
-    ("bytes by which a log is known", secondme_sync.FINGERPRINT_BYTES),
+    ("bytes at the beginning of a log", secondme_sync.FINGERPRINT_BYTES),
     ("seconds of a run", secondme_sync.RUN_SECONDS),
     ("seconds to connect", secondme_sync.CONNECT_SECONDS),
     ("seconds without any progress", secondme_sync.IDLE_SECONDS),
