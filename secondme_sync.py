@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from urllib.parse import SplitResult
 
     Offsets = Dict["Log", int]
+    Post = Callable[[bytes], "Response"]
+    Save = Callable[[], None]
 
 VERSION = "1.2.0"
 BASE_URL = "https://app.mindos.com/gate/lab"
@@ -1115,8 +1117,7 @@ def check(run: Run) -> None:
 
 
 def deliver(
-    run: Run, logs: "List[Log]", device_id: str,
-    post: "Callable[[bytes], Response]", save: "Callable[[], None]",
+    run: Run, logs: "List[Log]", device_id: str, post: "Post", save: "Save"
 ) -> str:
     """Post what is pending, batch by batch; save() each time. Return the result."""
     search = Search()
@@ -1125,8 +1126,8 @@ def deliver(
         if not batch.ends:
             return "ok"
         response = post(batch.body) if batch.events else NOTHING_POSTED
-        # With search.behind, this was a probe.
         if search.behind and response.result in ("refused", "nothing"):
+            # This was a probe.
             run.say("still pending, since no other is accepted: " + search.refusal)
             return "server_error"
         if response.result == "refused":

@@ -6028,6 +6028,40 @@ def test_start_with_nothing_to_do_is_cheap(home, flags, form, change):
     assert home.run(*flags, shim=REPORT_MODULES + form) == SILENT
 
 
+@pytest.fixture
+def started_on_windows(monkeypatch):
+    """What start_detached() would start on Windows: (arguments, creation flags) of each call."""
+    calls = []
+
+    class Popen:
+        def __init__(self, command, cwd, creationflags):
+            calls.append((command, creationflags))
+            if creationflags & BREAKAWAY and JOB_FORBIDS_BREAKAWAY in command:
+                raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    return calls
+
+
+BREAKAWAY = 0x1000000  # CREATE_BREAKAWAY_FROM_JOB
+DETACHED = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+JOB_FORBIDS_BREAKAWAY = "--in-a-job-that-forbids-it"
+
+
+def test_background_leaves_the_job_of_its_caller_on_windows(started_on_windows):
+    """An agent may keep a hook in a job object that kills all its processes when it is closed."""
+    secondme_sync.start_detached(["python"], ".")
+
+    assert started_on_windows == [(["python"], DETACHED | BREAKAWAY)]
+
+
+def test_background_stays_in_a_job_that_forbids_to_leave(started_on_windows):
+    secondme_sync.start_detached(["python", JOB_FORBIDS_BREAKAWAY], ".")
+
+    assert [flags for command, flags in started_on_windows] == [DETACHED | BREAKAWAY, DETACHED]
+
+
 # Streams, locale, warnings, signals.
 
 @posix_only("Windows has no /bin/sh to close streams")
