@@ -1126,8 +1126,7 @@ def deliver(
         if not batch.ends:
             return "ok"
         response = post(batch.body) if batch.events else NOTHING_POSTED
-        if search.behind and response.result in ("refused", "nothing"):
-            # This was a probe.
+        if search.behind and response.result in ("refused", "nothing"):  # a probe
             run.say("still pending, since no other is accepted: " + search.refusal)
             return "server_error"
         if response.result == "refused":
