@@ -88,17 +88,23 @@ BASE_URL = "https://app.mindos.com/gate/lab"
 EVENTS_PATH = "/api/secondme/telemetry/events/batch"
 
 BATCH_EVENTS = 100
-BATCH_BYTES = 128 * 1024  # log lines in a batch; a longer line goes alone
-MAX_LINE_BYTES = 1024 * 1024  # longer lines are passed over
-MAX_SMALL_BYTES = 64 * 1024  # read from config, credentials, a response
-BUFFER_BYTES = 32 * 1024  # in one read of a file, one write of a body
-FINGERPRINT_BYTES = 256  # of a log's beginning, to notice a replaced log
-RECORD_BYTES = 512  # a disk sector, which is written whole or not at all
+# Log lines in a batch. A longer line goes alone.
+BATCH_BYTES = 128 * 1024
+# Longer lines are passed over.
+MAX_LINE_BYTES = 1024 * 1024
+# The most that is read of config, credentials, or a response.
+MAX_SMALL_BYTES = 64 * 1024
+# The size of one read of a file, and of one write of a body.
+BUFFER_BYTES = 32 * 1024
+# The beginning of a log, which tells whether it was replaced.
+FINGERPRINT_BYTES = 256
+# One disk sector.
+RECORD_BYTES = 512
 
-RUN_SECONDS = 30  # --max-time
+RUN_SECONDS = 30  # see --max-time
 MAX_RUN_SECONDS = 24 * 60 * 60
-CONNECT_SECONDS = 3  # for each address of a host
-IDLE_SECONDS = 10  # without any progress of a request
+CONNECT_SECONDS = 3  # for each address
+IDLE_SECONDS = 10  # without progress
 MAX_DELAY_SECONDS = 10  # before a retry
 # Before the one retry, by status. After 429, Retry-After is heeded first.
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}
