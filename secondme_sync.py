@@ -106,7 +106,7 @@ MAX_RUN_SECONDS = 24 * 60 * 60
 CONNECT_SECONDS = 3  # for each address
 IDLE_SECONDS = 10  # without progress
 MAX_DELAY_SECONDS = 10  # before a retry
-# Before the one retry, by status. After 429, Retry-After is heeded first.
+# Before the one retry, by status. After 429, a valid Retry-After is used instead.
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}
 
 # The fields of an event that are sent, by log. All other fields stay at home. Those of
@@ -123,7 +123,8 @@ COMMUNITY_FIELDS = {
     + ("session", "user_intent", "actions_summary", "error_summary", "comment"),
 }
 FIELDS = {"anonymous": ANONYMOUS_FIELDS, "community": COMMUNITY_FIELDS}
-# Sent if an event lacks the field. Any other missing field, and any null, is left out.
+# Sent if the event has no such field. Any other missing field is left out, and so is
+# any field that is null.
 DEFAULTS = {
     "skill": "secondme", "ts": "",
     "phases_used": [], "references_loaded": [], "issues": [],
@@ -138,14 +139,16 @@ OFF_SWITCHES = (
 )
 
 # A base URL is https to any host, or plain http to this machine, then perhaps a port
-# and a path. It has no user, no query and no fragment. [!%->A-~] is printable ASCII
-# without quote, number sign, dollar, question mark and at sign.
+# and a path. It has no user, no query and no fragment: [!%->A-~] is printable ASCII
+# without number sign, question mark, at sign (and without quote and dollar).
 BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 URL_PATTERN = (
     r"(https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
     r"|http://(localhost|127(\." + BYTE_PATTERN + r"){3}|\[::1\]))"
     r"(:[0-9]+)?(/[!%->A-~]*)?"
 )
+
+# Records. To type checkers, all of their fields are Any.
 
 # mode: "community", "anonymous" or "off". reason: in words, what decided that.
 Consent = namedtuple("Consent", "mode reason")
@@ -164,7 +167,7 @@ Line = namedtuple("Line", "log begin end mode event is_blank")
 Batch = namedtuple("Batch", "first events ends passed_over body")
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded;
 # "refused" for a refused body; "nothing" if nothing was posted. words: what happened.
-# retry_after: the header, or None. (To type checkers, all of these fields are Any.)
+# retry_after: the header, or None.
 Response = namedtuple("Response", "result status words retry_after")
 NOTHING_POSTED = Response("nothing", 0, "", None)
 Options = namedtuple("Options", "action preview directory base_url max_time verbose")
@@ -259,7 +262,11 @@ def get_word(container: "Mapping[str, Any]", key: str) -> str:
 
 
 def read_environment() -> "Dict[str, str]":
-    """Return the variables that can lower consent, "" for one that is not set."""
+    """Return the variables that can lower consent, "" for one that is not set.
+
+    They are written out, so that a search finds each variable that is read. They are
+    SM_TEL and the OFF_SWITCHES.
+    """
     nonessential = os.environ.get("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "")
     return {
         "SM_TEL": os.environ.get("SM_TEL", ""),
@@ -361,7 +368,7 @@ class Run:
         self.analytics = os.path.join(directory, "analytics")
         self.config = read_small(os.path.join(directory, "config"))
         self.mode, self.reason = decide_consent(self.config, environment)
-        # For counting only: while telemetry is off, count as in community mode.
+        # For --status and --skip-pending, which work while telemetry is off, too.
         self.mode_to_count = "community" if self.mode == "off" else self.mode
         self.base_url = base_url
         self.max_time = max_time
@@ -373,8 +380,8 @@ class Run:
     def has_time(self, delay: float = 0) -> bool:
         """Tell whether another request may begin after a delay.
 
-        No request but the first begins in the last third of a run: it might be cut
-        short, and then be sent twice.
+        None begins in the last third of a run: it might be cut short, and then be sent
+        twice. (The caller exempts the first request.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -408,7 +415,7 @@ class State:
             "feedback": {"bytes": 0, "fingerprint": 0, "anonymous": 0}}}
 
     completed  usage_bytes and feedback_bytes, by log. Older scripts read them; they
-               move only when a run has sent everything.
+               move only when a run has sent everything, or skipped it.
     marks      what resume holds, by log. The next run starts there; they move with
                every accepted batch.
 
@@ -465,7 +472,7 @@ class State:
         if flush:
             # The logs come first. Otherwise a power cut could lose the last lines of a
             # log and keep our offset. The next lines would land before that offset and
-            # never be sent.
+            # never be sent. (What a run reads is flushed by its first save.)
             for log in logs:
                 log.flush()
         with stop_on_error(self.path):
@@ -545,18 +552,18 @@ def lock_file(file: "BinaryIO") -> None:
 
 
 def prepare_file(file: "BinaryIO", folder: str) -> None:
-    """Get a new file's name to the disk, or make a short file as long as a record.
+    """Prepare .sync-offsets for being overwritten, and go to its beginning.
 
     To overwrite and lengthen a file in one write is not safe in a power cut, which may
-    keep the new bytes but not the new length. So it is lengthened first, with blanks.
-    An empty file holds no record that could be lost.
+    keep the new bytes but not the new length. So a short file is lengthened first, with
+    blanks. An empty one holds no record; only its name is flushed to the disk.
     """
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
-        # Not all systems can open a directory.
+        # Some systems cannot open a directory.
         with suppress(OSError):
             directory = os.open(folder, os.O_RDONLY)
             os.fsync(directory)
@@ -624,7 +631,7 @@ class Log:
     def fingerprint(self, seen: int) -> int:
         """Return a checksum of the log's first bytes, of at most as many as were seen.
 
-        For a log of fewer than 256 bytes grows, and must still fit its mark.
+        A log shorter than 256 bytes grows. What is new must not change the checksum.
         """
         return zlib.crc32(self.head[:seen])
 
@@ -640,9 +647,10 @@ class Log:
             os.fsync(self.file.fileno())
 
     def read_line(self, limit: int) -> bytes:
-        """Read a line, of which limit bytes may be read, b"" at the end of the log.
+        """Return the next line, or its first limit bytes; b"" at the end of the log.
 
-        A line longer than 1 MiB comes in pieces. The last of them ends with a newline.
+        A line longer than 1 MiB comes in pieces, one a call. Only the last of them ends
+        with a newline.
         """
         try:
             return self.file.readline(min(MAX_LINE_BYTES + 1, limit))
@@ -659,8 +667,9 @@ class Log:
             text = decode(data, errors="replace")
             is_too_long = len(data) > MAX_LINE_BYTES and not data.endswith(b"\n")
             event = None if is_too_long else parse_object(text)
-            # No object and no newline: this is a line above 1 MiB, whose rest is read
-            # and dropped, or the unfinished last line, which waits for its rest.
+            # Without an object and without a newline, this is a line above 1 MiB, whose
+            # rest is read and dropped here, or the unfinished last line. Then no data
+            # follow, and it is not yielded. (If it lacks only its newline, it is.)
             while event is None and not data.endswith(b"\n"):
                 data = self.read_line(self.size - end)
                 end += len(data)
@@ -674,7 +683,10 @@ class Log:
 
 @contextmanager
 def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
-    """Open the logs that can be read, each to go on where its mark says."""
+    """Open the logs that can be read, each to go on where its mark says.
+
+    mode is that of the run, or one that a preview or a count assumes.
+    """
     with ExitStack() as stack:
         logs = []
         for name in LOGS:
@@ -732,8 +744,10 @@ def collect_batch(logs: "List[Log]", max_events: int, behind: "Offsets") -> Batc
     all_lines = (log.lines(behind.get(log, log.offset)) for log in logs)
     for line in chain.from_iterable(all_lines):
         size += line.end - line.begin
-        # Full. But a batch has at least one line, and a probe at least one event.
-        if size > BATCH_BYTES and (first if behind else ends):
+        # A batch takes at least one line, and a probe at least one event. (The ends of
+        # a probe say nothing here: they begin as those behind the refused event.)
+        has_enough = bool(first) if behind else bool(ends)
+        if has_enough and size > BATCH_BYTES:
             break
         # A probe must be an event that can be encoded. In other batches, next_batch()
         # finds those that cannot: to try each one here would encode all of them twice.
@@ -769,7 +783,7 @@ def next_batch(
             max_events = len(batch.events) // 2
 
 
-# Send: one connection, at most one retry for each batch. Contract: Error Handling.
+# Send: one connection at a time, one retry for some statuses. Contract: Error Handling.
 
 
 def classify(
@@ -862,8 +876,8 @@ def make_connection(
 ) -> "HTTPConnection":
     """Return a connection that is not open yet, with TLS unless it is plain http.
 
-    With a proxy, TLS runs from here to the server through a CONNECT tunnel: the proxy
-    sees neither token nor body.
+    http.client verifies the server's certificate and name. With a proxy, TLS runs from
+    here to the server through a CONNECT tunnel: the proxy sees neither token nor body.
     """
     import http.client
 
@@ -1006,7 +1020,7 @@ class Sender:
     def check_agreement(self) -> None:
         """Raise Stop if consent, login or device id has changed since the run began.
 
-        An empty token was removed before this Sender was made.
+        The token is empty if it was removed from credentials after check().
         """
         if self.run.read_agreement() != self.agreement or not self.agreement.token:
             raise Stop("config, login or device id has changed")
@@ -1042,7 +1056,8 @@ class Sender:
             with suppress(OSError, http.client.HTTPException):
                 # Not read(): it would allocate whatever size a chunk claims to have.
                 size = reply.readinto(data)
-                # Whole: nothing follows, and no byte of an announced length is missing.
+                # Whole: no byte follows, and length, the number of bytes still due, is
+                # 0, or None if none was announced.
                 is_whole = reply.readinto(bytearray(1)) == 0 and not reply.length
         answer = None
         if is_whole:
@@ -1066,7 +1081,8 @@ class Search:
     max_events  of the next batch
     unsettled   how many events of the refused batch are not accepted yet; 0 if none was
                 refused
-    has_proof   whether a part of the refused batch was accepted, and a part is not yet
+    has_proof   whether some of its events were accepted, so that the refusal is due to
+                one of the others
     behind      for a probe: the offsets behind the refused event that stands alone
     refusal     place and status of that refusal, for messages
     """
@@ -1078,16 +1094,22 @@ class Search:
         self.behind = {}  # type: Offsets
         self.refusal = ""
 
-    def note_refused(self, batch: Batch, status: int) -> None:
-        """Go on with half of a batch, or behind its one event."""
+    def goes_on(self, batch: Batch, status: int) -> bool:
+        """Note that a batch was refused; tell whether to search on.
+
+        Next comes a smaller batch or, behind an event that stands alone, a probe. With
+        proof, no probe is needed: that event is found, and is to be left out.
+        """
         if self.unsettled == 0:
             self.unsettled = len(batch.events)
         self.max_events = max(1, len(batch.events) // 2)
-        if len(batch.events) == 1:
-            self.behind = batch.ends
-            line = batch.first
-            place = f"byte {line.begin} of {line.log.name}.jsonl"
-            self.refusal = f"the event at {place}, refused with HTTP {status}"
+        if len(batch.events) > 1:
+            return True
+        self.behind = batch.ends
+        line = batch.first
+        place = f"byte {line.begin} of {line.log.name}.jsonl"
+        self.refusal = f"the event at {place}, refused with HTTP {status}"
+        return not self.has_proof
 
     def note_accepted(self, batch: Batch) -> None:
         """Count the events of an accepted batch."""
@@ -1113,6 +1135,7 @@ def check(run: Run) -> None:
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
+            # completed is behind if an earlier run was cut short after its last batch.
             if has_lines or log.offset != state.completed[log.name]:
                 return
     for name in LOGS:
@@ -1131,17 +1154,17 @@ def deliver(
         batch = next_batch(logs, device_id, search.max_events, search.behind)
         if not batch.ends:
             return "ok"
+        is_probe = bool(search.behind)
         response = post(batch.body) if batch.events else NOTHING_POSTED
-        if search.behind and response.result in ("refused", "nothing"):  # a probe
+        result = str(response.result)
+        if is_probe and result in ("refused", "nothing"):
             run.say("still pending, since no other is accepted: " + search.refusal)
             return "server_error"
-        if response.result == "refused":
-            search.note_refused(batch, response.status)
-            if not search.behind or not search.has_proof:
-                continue
-        elif response.result not in ("ok", "nothing"):
-            return str(response.result)
-        # Accepted, passed over, or left out with proof: this batch is done.
+        if result not in ("ok", "nothing", "refused"):
+            return result
+        if result == "refused" and search.goes_on(batch, response.status):
+            continue
+        # A probe ends behind the refused event, too.
         for log, end in batch.ends.items():
             log.offset = end
         save()
@@ -1150,7 +1173,7 @@ def deliver(
         if search.behind:
             run.say("left out for good: " + search.refusal)
             search = Search()
-        elif response.result == "ok":
+        elif result == "ok":
             search.note_accepted(batch)
 
 
@@ -1219,7 +1242,7 @@ def sync_in_background(run: Run) -> None:
         command += ["--max-time", str(run.max_time)]
         start_detached(command, run.directory)
     elif sys.platform == "win32" or fork_detached(run.directory):
-        # This is the new process. Or it is Windows, which has no way to make one.
+        # This is the new process. Or it is Windows, which cannot fork, and waits.
         sync_in_foreground(run)
 
 
@@ -1228,6 +1251,7 @@ def start_detached(command: "List[str]", folder: str) -> None:
     from subprocess import DEVNULL, Popen
 
     if sys.platform == "win32":
+        # Without redirections, no handle is inherited that a caller might wait for.
         flags = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
         breakaway = 0x1000000  # CREATE_BREAKAWAY_FROM_JOB
         try:
@@ -1457,6 +1481,7 @@ def build_parser() -> "ArgumentParser":
 
 def add_flags(actions: "Any", parser: "ArgumentParser") -> None:
     """Add the flags, of which only one of actions may be given."""
+    # preview: "" without --dry-run, None for --dry-run alone, otherwise its MODE.
     actions.add_argument(
         "--dry-run", dest="preview", nargs="?", const=None, default="",
         choices=("anonymous", "community"), metavar="MODE",

@@ -2991,8 +2991,8 @@ def test_early_refusal_on_a_connection_left_open(home, status, result, requests,
 def test_early_acceptance_on_a_connection_left_open(home, monkeypatch, small_send_buffer):
     """Nothing reads the rest of the body: the next request needs a connection of its own."""
     monkeypatch.setattr(secondme_sync, "IDLE_SECONDS", 0.5)
-    log_100_kilobytes(home)
-    log_100_kilobytes(home)
+    # More than the system takes from a client before the server reads.
+    home.log("usage", usage(1, user_intent="x" * 1000000), usage(2, user_intent="x" * 1000000))
 
     backend = home.deliver(answers.then(nothing), answers.then(nothing), early_above=EARLY_ABOVE)
 
