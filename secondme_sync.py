@@ -131,7 +131,7 @@ DEFAULTS = {
 }  # type: Dict[str, Any]
 LOGS = ("usage", "feedback")  # analytics/<name>.jsonl
 
-PASSED_OVER = "lines without an event, which are passed over: {}"
+PASSED_OVER = "and lines that hold no event and are ignored: {}"
 
 # Variables of the environment that switch telemetry off, unless empty, "0" or "false".
 OFF_SWITCHES = (
@@ -1000,7 +1000,7 @@ class Sender:
         # Again: to connect may have taken seconds.
         self.check_agreement()
         if self.has_begun and not self.run.has_time():
-            raise Stop("too little time is left for another request")
+            raise Stop("the time of this run is used up; the next run goes on")
         self.has_begun = True
         headers = {**self.headers, "Content-Length": str(len(body))}
         # http.client sends a file block by block, each with a time limit of its own. A
@@ -1158,7 +1158,7 @@ def deliver(
         response = post(batch.body) if batch.events else NOTHING_POSTED
         result = str(response.result)
         if is_probe and result in ("refused", "nothing"):
-            run.say("still pending, since no other is accepted: " + search.refusal)
+            run.say("still pending, and all behind it: " + search.refusal)
             return "server_error"
         if result not in ("ok", "nothing", "refused"):
             return result
@@ -1366,7 +1366,7 @@ def show_status(run: Run) -> None:
     state = read_state(run.analytics)
     last = f"{state.result} {state.timestamp}".strip() or "never"
     if state.result == "network_error":
-        last += " (this stands, too, while a run is on, and if it is cut short)"
+        last += " (no usable answer; or the run is still on, or ended early)"
     problem = find_problem(os.path.join(run.analytics, ".sync-offsets"))
     if problem:
         last = f"unknown, .sync-offsets cannot be read ({problem})"
@@ -1437,7 +1437,7 @@ def skip_pending(run: Run) -> None:
             for line in log.lines(log.offset):
                 log.offset = line.end
             if log.offset < log.size:
-                text += f"; the unfinished last line of {log.name}.jsonl stays"
+                text += f"; the unfinished last line of {log.name}.jsonl is not skipped"
         state.save(logs, "skipped", flush=True)
     show(text, sys.stdout)
 
@@ -1448,6 +1448,7 @@ DESCRIPTION = """\
 Send the usage and feedback events that SecondMe skills have logged on this machine, if
 their user agreed to that, to the SecondMe backend:
 {}{}
+unless config or --base-url names another server.
 Without flags: send what is pending, and print nothing.
 """
 
@@ -1489,7 +1490,7 @@ def add_flags(actions: "Any", parser: "ArgumentParser") -> None:
     )
     for name, text in (
         ("status", "print mode, endpoint, login, pending events, last result"),
-        ("pending", "print yes or no: is there something to send"),
+        ("pending", "print yes or no: would a run have something to do"),
         ("skip-pending", "mark what is logged as never to be sent"),
         ("background", "send in a new process, and return at once"),
     ):

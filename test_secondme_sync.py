@@ -4627,7 +4627,7 @@ def test_failing_model_shows_event_and_history(home):
 # Command line.
 
 ENDPOINT = NOWHERE + "/gate/lab" + secondme_sync.EVENTS_PATH  # of the fixture home
-PASSED_OVER = "lines without an event, which are passed over: %d"
+PASSED_OVER = "and lines that hold no event and are ignored: %d"
 
 
 def counted(**numbers):
@@ -5153,7 +5153,7 @@ def test_skipped_events_are_never_sent(home, mode, sent, logged_in):
         id="passed over"),
     pytest.param(
         lambda home: home.append("usage", b'{"torn'),
-        counted(usage=2, feedback=1) + "; the unfinished last line of usage.jsonl stays",
+        counted(usage=2, feedback=1) + "; the unfinished last line of usage.jsonl is not skipped",
         id="unfinished line"),
 ])
 def test_skip_pending_says_how_much(home, change, said):
@@ -5332,7 +5332,7 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
 
     assert read_messages(backend) == [
         "N bytes to SERVER: HTTP 413, the server refuses this batch (refused)",
-        "still pending, since no other is accepted: "
+        "still pending, and all behind it: "
         "the event at byte 0 of usage.jsonl, refused with HTTP 413"]
 
 
@@ -5469,7 +5469,7 @@ def test_verbose_says_that_too_little_time_is_left(home):
 
     backend = home.deliver(answers.then(lambda: clock.sleep(25)), clock=clock)
 
-    assert backend.said[-1] == "too little time is left for another request"
+    assert backend.said[-1] == "the time of this run is used up; the next run goes on"
     assert len(backend.requests) == 1
 
 
