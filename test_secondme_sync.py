@@ -10,6 +10,9 @@ Most tests begin with the fixture `home`, a home directory with .secondme in it:
                                 return the backend: .sessions .sizes .modes .requests .said
     home.sync()                 the same without a backend; return the messages
     home.run("--status")        run the script in a process of its own; return code, out, err
+    home.run(DO_NOT_TRACK="1")  the same with a variable; == SILENT: code 0 and no output
+    with home.backend() as backend:
+                                a backend for home.run(), which config names
     home.main("--dry-run")      call main() in this process, for what sends nothing
     home.assert_done()          fail unless the state says that everything is sent
 
@@ -40,6 +43,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -1335,6 +1339,34 @@ def test_short_state_is_lengthened_before_it_is_overwritten(home, flushes):
     home.deliver()
 
     assert flushes[0] == (".sync-offsets", "server_error")
+
+
+@posix_only("Windows cannot open a folder")
+def test_folder_that_is_flushed_is_closed(home, monkeypatch):
+    """The folder of a new state is opened to be flushed."""
+    opened = []
+    closed = []
+    real_open = os.open
+    real_close = os.close
+
+    def note_open(path, *args, **kwargs):
+        descriptor = real_open(path, *args, **kwargs)
+        if path == str(home.analytics):
+            opened.append(descriptor)
+        return descriptor
+
+    def note_close(descriptor):
+        closed.append(descriptor)
+        real_close(descriptor)
+
+    monkeypatch.setattr(os, "open", note_open)
+    monkeypatch.setattr(os, "close", note_close)
+    home.fill(1)
+
+    home.deliver()
+
+    assert len(opened) == 1
+    assert opened[0] in closed
 
 
 # Read: the logs, line by line.
@@ -3001,6 +3033,71 @@ def test_early_acceptance_on_a_connection_left_open(home, monkeypatch, small_sen
     home.assert_done()
 
 
+def test_connection_with_an_unread_body_is_not_kept(home, hold, monkeypatch, small_send_buffer):
+    """The server accepts early and never reads the rest: what follows would be taken for it."""
+    def accept_unread(handler):
+        handler.close_connection = False
+        handler.reply(*OK)
+        hold(handler)
+
+    monkeypatch.setattr(secondme_sync, "IDLE_SECONDS", 0.3)
+    # More than the server's end of a connection takes in unread.
+    home.log("usage", usage(0, user_intent="x" * 1000000), 1)
+
+    backend = home.deliver(accept_unread, early_above=EARLY_ABOVE)
+
+    assert len(backend.requests) == 2
+    assert backend.connections == 2
+    home.assert_done()
+
+
+def test_answer_to_a_body_that_failed_is_waited_for_a_moment(home, monkeypatch):
+    limits = []
+    real_read_response = secondme_sync.Sender.read_response
+
+    def fail(self, *args):
+        raise OSError("refused by the test")
+
+    def read_response(self):
+        limits.append(self.connection.sock.gettimeout())
+        return real_read_response(self)
+
+    monkeypatch.setattr(secondme_sync.Sender, "read_response", read_response)
+    monkeypatch.setattr("http.client.HTTPConnection.request", fail)
+    home.fill(1)
+
+    home.deliver()
+
+    assert len(limits) == 1
+    assert 0 < limits[0] < 1
+
+
+def break_tls(handler):
+    """Send something that is no TLS behind the handshake."""
+    socket.socket.sendall(handler.connection, b"no TLS record" * 9)
+
+
+def test_kept_connection_whose_tls_breaks_fails_no_batch(home, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", CERTIFICATE)
+    logged = home.fill(BATCH, 1)
+
+    backend = home.deliver(OK, break_tls, context=tls_context())
+
+    assert backend.sessions == logged + logged[BATCH:]
+    home.assert_done()
+
+
+def test_answer_of_299_without_json_is_a_network_error(home):
+    """299 is the last status of success, with the same rule for its body as 200."""
+    home.fill(1)
+    home.deliver(answer(299, b"accepted"))
+    assert home.result == "network_error"
+
+
+def test_redirect_is_called_that_up_to_399():
+    assert "redirect" in secondme_sync.classify(399, None).words
+
+
 def stalling(head):
     """Return an answer that begins, and never goes on."""
     def reply(handler):
@@ -3637,6 +3734,16 @@ def test_verbose_says_which_events_were_left_out(home, status):
     for line in left_out:
         assert "HTTP %d" % status in line
     assert "PRIVATE" not in "".join(lines)
+
+
+def test_proof_of_a_settled_refusal_is_forgotten(home):
+    """All events of the first batch are accepted, in halves: that says nothing of event 101."""
+    logged = home.fill(BATCH + 1)
+
+    home.deliver(answer(413), OK, OK, answer(413))
+
+    assert home.result == "server_error"
+    assert home.deliver().sessions == logged[BATCH:]
 
 
 # Time: of a run, of a request, of a connect.
@@ -6064,6 +6171,17 @@ def test_background_stays_in_a_job_that_forbids_to_leave(started_on_windows):
     assert [flags for command, flags in started_on_windows] == [DETACHED | BREAKAWAY, DETACHED]
 
 
+@needs_bash
+def test_pasted_background_lets_go_of_inherited_descriptors(home):
+    """Whoever reads what it has inherited sees the end before the answer comes."""
+    home.fill(1)
+    released = threading.Event()
+    with home.backend(lambda handler: released.wait(30) and handler.reply(*OK)):
+        home.paste("- --background 3>&1 <<'SYNC_EOF'")
+        released.set()
+        until(lambda: home.result == "ok")
+
+
 # Streams, locale, warnings, signals.
 
 @posix_only("Windows has no /bin/sh to close streams")
@@ -6695,7 +6813,7 @@ def test_commands_for_users_run_as_they_are_written(machine):
 def test_demo_delivers_all_that_is_expected(home):
     command = block_with("demo").split()
     result = wait(home.start([sys.executable] + command[1:], cwd=str(ROOT)))
-    assert result.code == 0
+    assert result.code == 0, result.out.decode("utf-8")
     assert result.err == b""
     assert b"Nothing left this machine" in result.out
 
@@ -6753,6 +6871,11 @@ def test_table_of_flags_is_that_of_help(home):
         r"(?s)exit code:.*", "", home.run("--help").out.decode())))
 
 
+# The statuses that are retried after a fixed wait. The README has one row for them.
+SHORT_WAITS = {status: seconds for status, seconds in secondme_sync.RETRY_SECONDS.items()
+               if status != 429}
+
+
 @pytest.mark.parametrize("limit, value", [
     # words of the row, value
     ("events in a request", secondme_sync.BATCH_EVENTS),
@@ -6765,7 +6888,7 @@ def test_table_of_flags_is_that_of_help(home):
     ("seconds without any progress", secondme_sync.IDLE_SECONDS),
     ("after 429, if the server names none", secondme_sync.RETRY_SECONDS[429]),
     ("after 429, at most", secondme_sync.MAX_DELAY_SECONDS),
-    ("after 502, 503, 504", secondme_sync.RETRY_SECONDS[503]),
+    ("after " + ", ".join(map(str, sorted(SHORT_WAITS))), max(SHORT_WAITS.values())),
 ])
 def test_table_of_limits_is_that_of_the_script(limit, value):
     row, = [row for row in table_rows(section("Limits")) if limit in row[0]]
@@ -6790,11 +6913,18 @@ def test_tables_name_each_file_and_variable():
 
 
 def test_url_of_the_server_is_that_of_the_script():
-    assert "`%s%s`" % (secondme_sync.BASE_URL, secondme_sync.EVENTS_PATH) in README
+    url = secondme_sync.BASE_URL + secondme_sync.EVENTS_PATH
+    assert re.findall(r"\*\*It sends to\*\* `(.*)`", README) == [url]
+    assert re.findall("Sends to (https.*), unless", secondme_sync.__doc__) == [url]
 
 
 def test_user_agent_is_that_of_the_script():
-    assert "`User-Agent: secondme_sync/%s`" % secondme_sync.VERSION in README
+    assert re.findall("`User-Agent: secondme_sync/(.*?)`", README) == [secondme_sync.VERSION]
+
+
+def test_default_skill_is_that_of_the_script():
+    words = " ".join(README.split())
+    assert re.findall("`skill` is sent as `(.*?)`", words) == [secondme_sync.DEFAULTS["skill"]]
 
 
 def test_changes_begin_with_this_version():
