@@ -2,7 +2,8 @@
 
 If its user agreed to it, a SecondMe skill logs usage and feedback events on this
 machine, one JSON object a line. This program sends the pending events to the SecondMe
-backend, and records how far it got. Without consent, a sync reads config and ends.
+backend, and records how far it got. Without consent, a sync reads config and ends. What
+was logged before the user agreed is sent afterwards, unless --skip-pending was run.
 
 Usage:
     secondme_sync.py                    send what is pending; print nothing
@@ -55,7 +56,8 @@ if __name__ == "__main__":
     sys.path = [path for path in sys.path if path]
 
     # Ctrl-C ends the program at once and without a traceback, unless the caller ignores
-    # it. A kill at any moment costs one repeated batch at most: nothing to tidy up.
+    # it. A kill at any moment costs one repeated batch at most, so there is nothing to
+    # tidy up. (A power cut may cost all batches of one run.)
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from typing import Optional, TextIO, Tuple
     from urllib.parse import SplitResult
 
+    Logs = List["Log"]
     Offsets = Dict["Log", int]
     Post = Callable[[bytes], "Response"]
     Save = Callable[[], None]
@@ -109,7 +112,7 @@ MAX_DELAY_SECONDS = 10  # before a retry
 # Before the one retry, by status. After 429, a valid Retry-After is used instead.
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}
 
-# The fields of an event that are sent, by log. All other fields stay at home. Those of
+# The fields of an event that are sent, by log. All others stay at home. The fields of
 # anonymous mode are meant for categories and numbers, but values are not checked: they
 # are sent as they were logged. Contract: Anonymous Mode Stripping.
 COMMON_FIELDS = ("skill", "ts", "version", "os", "arch", "outcome", "phases_used")
@@ -155,15 +158,15 @@ Consent = namedtuple("Consent", "mode reason")
 # What must not change during a run: the content of config, the token, the device id.
 Agreement = namedtuple("Agreement", "config token device_id")
 # How much of a log is done. Lines that begin before anonymous_until are only ever sent
-# as anonymous. fingerprint: a checksum of the log's beginning, None if an older script
-# wrote the record.
+# as anonymous. fingerprint: a checksum of the log's beginning, None if there is no
+# record, or an older script's.
 Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
 # A line of a Log, from byte to byte. mode: what it may be sent as. event: the JSON
 # object that it holds, or None.
 Line = namedtuple("Line", "log begin end mode event is_blank")
-# first: the first Line with an event. events: what is sent of each event. ends: the
-# offset in each Log where the batch ends, {} if nothing is pending. passed_over: how
-# many lines hold no event, blank ones aside.
+# first: the first Line with an event. events: what is sent of each event. ends: by Log,
+# the offset behind the last line taken from it (of a probe, also those of behind), {}
+# if nothing is pending. passed_over: how many lines hold no event, blank ones aside.
 Batch = namedtuple("Batch", "first events ends passed_over body")
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded;
 # "refused" for a refused body; "nothing" if nothing was posted. words: what happened.
@@ -368,7 +371,8 @@ class Run:
         self.analytics = os.path.join(directory, "analytics")
         self.config = read_small(os.path.join(directory, "config"))
         self.mode, self.reason = decide_consent(self.config, environment)
-        # For --status and --skip-pending, which work while telemetry is off, too.
+        # For --status and --skip-pending, which send nothing, and work while telemetry
+        # is off, too. Anonymous would mark what is pending as anonymous.
         self.mode_to_count = "community" if self.mode == "off" else self.mode
         self.base_url = base_url
         self.max_time = max_time
@@ -381,7 +385,7 @@ class Run:
         """Tell whether another request may begin after a delay.
 
         None begins in the last third of a run: it might be cut short, and then be sent
-        twice. (The caller exempts the first request.)
+        twice. (Sender.attempt() does not ask this for the first request of a run.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -608,6 +612,7 @@ class Log:
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
         if self.fits(mark):
+            # It may have been cut behind its first 256 bytes.
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
         else:
@@ -625,6 +630,7 @@ class Log:
         """Tell whether this is the log that a mark was saved for."""
         if mark.fingerprint is None:
             return bool(mark.offset <= self.size)
+        # With nothing seen, the checksum is 0, and any log fits.
         seen = max(mark.offset, mark.anonymous_until)
         return bool(mark.fingerprint == self.fingerprint(seen))
 
@@ -667,9 +673,10 @@ class Log:
             text = decode(data, errors="replace")
             is_too_long = len(data) > MAX_LINE_BYTES and not data.endswith(b"\n")
             event = None if is_too_long else parse_object(text)
-            # Without an object and without a newline, this is a line above 1 MiB, whose
-            # rest is read and dropped here, or the unfinished last line. Then no data
-            # follow, and it is not yielded. (If it lacks only its newline, it is.)
+            # No object and no newline yet. Either the line is above 1 MiB: its rest is
+            # read and dropped. Or it is the last line and not finished: no data follow,
+            # and it is left to the next run. (The last line needs no newline if it is a
+            # whole JSON object.)
             while event is None and not data.endswith(b"\n"):
                 data = self.read_line(self.size - end)
                 end += len(data)
@@ -698,6 +705,7 @@ def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
 
 # Shape: from lines to the body of a request. Contract: Sync Implementation, Anonymous
 # Mode Stripping.
+
 
 def encode_json(value: "Any") -> bytes:
     """Return strict JSON in UTF-8, with "?" for a lone surrogate.
@@ -744,12 +752,13 @@ def collect_batch(logs: "List[Log]", max_events: int, behind: "Offsets") -> Batc
     all_lines = (log.lines(behind.get(log, log.offset)) for log in logs)
     for line in chain.from_iterable(all_lines):
         size += line.end - line.begin
-        # A batch takes at least one line, and a probe at least one event. (The ends of
-        # a probe say nothing here: they begin as those behind the refused event.)
-        if size > BATCH_BYTES and (bool(first) if behind else bool(ends)):
+        # Enough for a batch is one line, with or without an event; for a probe, one
+        # event. (A probe's ends are never empty: they begin as those of behind.)
+        has_enough = events if behind else ends
+        if has_enough and size > BATCH_BYTES:
             break
-        # A probe must be an event that can be encoded. In other batches, next_batch()
-        # finds those that cannot: to try each one here would encode all of them twice.
+        # A probe takes only an event that can be encoded. Other batches take any, and
+        # next_batch() finds the bad ones, so that good ones are encoded only once.
         if line.event is not None and (not behind or holds_event(line)):
             if first and (len(events) == max_events or line.mode != first.mode):
                 break
@@ -864,6 +873,7 @@ def find_proxy(url: "SplitResult") -> "Tuple[str, Dict[str, str]]":
     proxies = urllib.request.ProxyHandler()
     if hasattr(proxies, "https_open"):
         proxies.https_open(request)
+    # With its host unchanged, no proxy applies.
     if request.host == url.netloc:
         return "", {}
     login = request.get_header("Proxy-authorization")
@@ -889,6 +899,8 @@ def make_connection(
     else:
         connection = http.client.HTTPSConnection(host, url.port or 443)
     connection.blocksize = BUFFER_BYTES
+    # It has no public name. connect() sets the time limits, and takes localhost for
+    # 127.0.0.1.
     connection._create_connection = connect  # type: ignore[attr-defined]
     return connection
 
@@ -1009,7 +1021,8 @@ class Sender:
             self.connection.request("POST", self.path, file, headers)
         except OSError:
             # A server may answer and close before it has read the whole body. Then its
-            # answer is there already. If not, read_response() fails, too.
+            # answer is there already. If not, read_response() fails, too, and request()
+            # sees to it.
             self.connection.sock.settimeout(0.1)
             response = self.read_response()
             self.connection.close()
@@ -1019,7 +1032,7 @@ class Sender:
     def check_agreement(self) -> None:
         """Raise Stop if consent, login or device id has changed since the run began.
 
-        The token is empty if it was removed from credentials after check().
+        The token of self.agreement is empty if it was removed after check().
         """
         if self.run.read_agreement() != self.agreement or not self.agreement.token:
             raise Stop("config, login or device id has changed")
@@ -1144,9 +1157,7 @@ def check(run: Run) -> None:
     raise Stop("nothing is pending")
 
 
-def deliver(
-    run: Run, logs: "List[Log]", device_id: str, post: "Post", save: "Save"
-) -> str:
+def deliver(run: Run, logs: "Logs", device_id: str, post: "Post", save: "Save") -> str:
     """Post what is pending, batch by batch; save() each time. Return the result."""
     search = Search()
     while True:
@@ -1163,7 +1174,8 @@ def deliver(
             return result
         if result == "refused" and search.goes_on(batch, response.status):
             continue
-        # A probe ends behind the refused event, too.
+        # Now the batch was accepted, or had nothing to post, or is a lone event that is
+        # refused, with proof. A probe that was accepted ends behind that event, too.
         for log, end in batch.ends.items():
             log.offset = end
         save()
@@ -1277,7 +1289,8 @@ def fork_detached(folder: str) -> bool:
     # Never true here: it keeps type checkers from looking for fork on Windows.
     if sys.platform == "win32":
         return False
-    # Python 3.12 and newer warn of a fork where a thread is running.
+    # Python 3.12 and newer warn of a fork beside a thread, which a start-up file of
+    # this machine's Python may have started.
     warnings.simplefilter("ignore")
     child = os.fork()
     if child:
@@ -1483,7 +1496,7 @@ def build_parser() -> "ArgumentParser":
 
 def add_flags(actions: "Any", parser: "ArgumentParser") -> None:
     """Add the flags, of which only one of actions may be given."""
-    # preview: "" without --dry-run, None for --dry-run alone, otherwise its MODE.
+    # preview: "" (the default) means no --dry-run; None, --dry-run without MODE.
     actions.add_argument(
         "--dry-run", dest="preview", nargs="?", const=None, default="",
         choices=("anonymous", "community"), metavar="MODE",
