@@ -134,7 +134,7 @@ DEFAULTS = {
 }  # type: Dict[str, Any]
 LOGS = ("usage", "feedback")  # analytics/<name>.jsonl
 
-PASSED_OVER = "and lines that hold no event and are ignored: {}"
+PASSED_OVER = "lines that hold no event and are ignored: {}"
 
 # Variables of the environment that switch telemetry off, unless empty, "0" or "false".
 OFF_SWITCHES = (

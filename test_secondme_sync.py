@@ -4736,7 +4736,7 @@ def test_failing_model_shows_event_and_history(home):
 # Command line.
 
 ENDPOINT = NOWHERE + "/gate/lab" + secondme_sync.EVENTS_PATH  # of the fixture home
-PASSED_OVER = "and lines that hold no event and are ignored: %d"
+PASSED_OVER = "lines that hold no event and are ignored: %d"
 
 
 def counted(**numbers):
