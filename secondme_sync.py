@@ -63,12 +63,13 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import errno
 import io
 import json
 import time
 import zlib
 from collections import namedtuple
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
 
 # For type checkers, which take this as True. To import typing would take 4 ms.
@@ -78,13 +79,11 @@ if TYPE_CHECKING:
     from http.client import HTTPConnection
     from socket import socket
     from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Mapping
-    from typing import Optional, TextIO, Tuple
+    from typing import Optional, TextIO, Tuple, TypeVar
     from urllib.parse import SplitResult
+    from urllib.request import Request
 
-    Logs = List["Log"]
-    Offsets = Dict["Log", int]
-    Post = Callable[[bytes], "Response"]
-    Save = Callable[[], None]
+    T = TypeVar("T")
 
 VERSION = "1.2.0"
 BASE_URL = "https://app.mindos.com/gate/lab"
@@ -136,6 +135,15 @@ LOGS = ("usage", "feedback")  # analytics/<name>.jsonl
 
 PASSED_OVER = "lines that hold no event and are ignored: {}"
 
+# What it means, in words, if a request ends with one of these exceptions.
+FAILURES = {
+    "gaierror": "the host was not found",
+    "timeout": "no progress for too long",
+    "TimeoutError": "no progress for too long",
+    "SSLError": "TLS failed",
+    "SSLCertVerificationError": "TLS failed",
+}
+
 # Variables of the environment that switch telemetry off, unless empty, "0" or "false".
 OFF_SWITCHES = (
     "DO_NOT_TRACK", "DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
@@ -164,15 +172,15 @@ Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
 # A line of a Log, from byte to byte. mode: what it may be sent as. event: the JSON
 # object that it holds, or None.
 Line = namedtuple("Line", "log begin end mode event is_blank")
-# first: the first Line with an event. events: what is sent of each event. ends: by Log,
-# the offset behind the last line taken from it (of a probe, also those of behind), {}
-# if nothing is pending. passed_over: how many lines hold no event, blank ones aside.
-Batch = namedtuple("Batch", "first events ends passed_over body")
-# result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded;
-# "refused" for a refused body; "nothing" if nothing was posted. words: what happened.
+# lines: up to 100 Lines with events, all of one mode. body: what is posted, b"" without
+# lines. ends: by Log, the offset behind the batch. passed_over: how many lines hold no
+# event, blank ones aside.
+Batch = namedtuple("Batch", "lines body ends passed_over")
+# result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
+# "refused" for a refused body. words: what happened.
+Outcome = namedtuple("Outcome", "result words")
 # retry_after: the header, or None.
-Response = namedtuple("Response", "result status words retry_after")
-NOTHING_POSTED = Response("nothing", 0, "", None)
+Response = namedtuple("Response", "status retry_after outcome")
 Options = namedtuple("Options", "action preview directory base_url max_time verbose")
 
 DECODER = json.JSONDecoder()
@@ -204,19 +212,14 @@ def read_small(path: str) -> bytes:
 
 
 def find_problem(path: str) -> str:
-    """Return why a file cannot be read; "" if it can be, or does not exist."""
+    """Say that a file cannot be read, and why; "" if it can be, or does not exist."""
     try:
         open_regular(path).close()
     except FileNotFoundError:
         return ""
     except OSError as error:
-        return explain(error)
+        return f"{path} cannot be read ({error.strerror})"
     return ""
-
-
-def explain(error: OSError) -> str:
-    """Return the system's words for an error, without a path or other text."""
-    return error.strerror or type(error).__name__
 
 
 def decode(data: bytes, errors: str = "strict") -> str:
@@ -240,25 +243,17 @@ def parse_object(text: str) -> "Optional[Dict[str, Any]]":
     return value if isinstance(value, dict) and end == len(text) else None
 
 
-def get_object(container: "Mapping[str, Any]", key: str) -> "Dict[str, Any]":
-    """Return the JSON object under a key, {} if there is none."""
+def get(container: "Mapping[str, Any]", key: str, default: "T") -> "T":
+    """Return the value under a key; default if it is missing or of another type."""
     value = container.get(key)
-    return value if isinstance(value, dict) else {}
+    # isinstance would take True for a number.
+    return value if type(value) is type(default) else default
 
 
-def get_count(container: "Mapping[str, Any]", key: str) -> "Optional[int]":
-    """Return the whole number of at most 63 bits under a key, None if there is none."""
-    value = container.get(key)
-    # isinstance would let True and False pass.
-    return value if type(value) is int and 0 <= value < 1 << 63 else None
-
-
-def get_word(container: "Mapping[str, Any]", key: str) -> str:
-    """Return the text under a key, "" unless it is printable ASCII without blanks."""
-    value = container.get(key)
-    if not isinstance(value, str) or not all("!" <= char <= "~" for char in value):
-        return ""
-    return value
+def get_count(container: "Mapping[str, Any]", key: str) -> int:
+    """Return the whole number of at most 63 bits under a key, 0 if there is none."""
+    value = get(container, key, 0)
+    return value if 0 <= value < 1 << 63 else 0
 
 
 # Gate: consent, token, endpoint. Contract: Prerequisites.
@@ -303,17 +298,17 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
         if value not in ("", "0", "false"):
             return Consent("off", f"{name} is {json.dumps(value)}")
     limit = environment.get("SM_TEL", "")
-    if limit not in ("", "anonymous", "community"):
-        return Consent("off", f"SM_TEL is {json.dumps(limit)}")
-    if limit == "anonymous" and mode == "community":
-        return Consent("anonymous", 'SM_TEL is "anonymous"')
-    return Consent(mode, reason)
+    if limit in ("", "community", mode):
+        return Consent(mode, reason)
+    lowered = "anonymous" if limit == "anonymous" else "off"
+    return Consent(lowered, f"SM_TEL is {json.dumps(limit)}")
 
 
 def read_token(directory: str) -> str:
     """Return the token in credentials, "" unless there is one that fits a header."""
     credentials = decode(read_small(os.path.join(directory, "credentials")))
-    return get_word(parse_object(credentials) or {}, "accessToken")
+    token = get(parse_object(credentials) or {}, "accessToken", "")
+    return token if all("!" <= char <= "~" for char in token) else ""
 
 
 def read_device_id(directory: str, mode: str) -> str:
@@ -371,9 +366,6 @@ class Run:
         self.analytics = os.path.join(directory, "analytics")
         self.config = read_small(os.path.join(directory, "config"))
         self.mode, self.reason = decide_consent(self.config, environment)
-        # For --status and --skip-pending, which send nothing, and work while telemetry
-        # is off, too. Anonymous would mark what is pending as anonymous.
-        self.mode_to_count = "community" if self.mode == "off" else self.mode
         self.base_url = base_url
         self.max_time = max_time
         self.say = say
@@ -385,12 +377,19 @@ class Run:
         """Tell whether another request may begin after a delay.
 
         None begins in the last third of a run: it might be cut short, and then be sent
-        twice. (Sender.attempt() does not ask this for the first request of a run.)
+        twice. (Sender.exchange() does not ask this for the first request of a run.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
     def log_path(self, name: str) -> str:
         return os.path.join(self.analytics, name + ".jsonl")
+
+    def stop_if_unreadable(self) -> None:
+        """Raise Stop if a log exists and cannot be read."""
+        for name in LOGS:
+            problem = find_problem(self.log_path(name))
+            if problem:
+                raise Stop(problem)
 
     def read_agreement(self) -> Agreement:
         """Return what must not change during a run, as it is now."""
@@ -436,21 +435,21 @@ class State:
         # file. If that fails, the whole file may be another program's record.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
-        self.timestamp = get_word(saved, "last_sync_ts")
-        self.result = get_word(saved, "last_sync_result")
-        self.completed = {
-            name: get_count(saved, name + "_bytes") or 0 for name in LOGS
-        }
-        self.marks = {name: self.load_mark(saved, name) for name in LOGS}
-
-    def load_mark(self, saved: "Dict[str, Any]", name: str) -> Mark:
-        mark = get_object(get_object(saved, "resume"), name)
-        fingerprint = get_count(mark, "fingerprint")
-        if fingerprint is None:
-            # The record is an older script's, or there is none yet.
-            return Mark(self.completed[name], 0, None)
-        offset = get_count(mark, "bytes") or 0
-        return Mark(offset, get_count(mark, "anonymous") or 0, fingerprint)
+        self.timestamp = get(saved, "last_sync_ts", "")
+        self.result = get(saved, "last_sync_result", "")
+        self.completed = {name: get_count(saved, name + "_bytes") for name in LOGS}
+        self.marks = {}
+        resume = get(saved, "resume", {})  # type: Dict[str, Any]
+        for name in LOGS:
+            mark = get(resume, name, {})  # type: Dict[str, Any]
+            # Without one, the record is an older script's, or there is none yet.
+            self.marks[name] = Mark(self.completed[name], 0, None)
+            if type(mark.get("fingerprint")) is int:
+                self.marks[name] = Mark(
+                    get_count(mark, "bytes"),
+                    get_count(mark, "anonymous"),
+                    get_count(mark, "fingerprint"),
+                )
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
         """Record how much of the logs is done, and a result.
@@ -525,7 +524,7 @@ def stop_on_error(path: str) -> "Iterator[None]":
         yield
     except OSError as error:
         raise Stop(
-            f"progress cannot be recorded in {path}: {explain(error)}"
+            f"progress cannot be recorded in {path}: {error.strerror}"
         ) from None
 
 
@@ -535,43 +534,39 @@ def lock_file(file: "BinaryIO") -> None:
     Some network drives have no locks. Go on without one there, except on Windows, which
     does not tell the difference.
     """
-    if sys.platform == "win32":
-        import msvcrt
+    try:
+        if sys.platform == "win32":
+            import msvcrt
 
-        try:
             # One byte, far from those that other programs read.
             file.seek(1 << 30)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            raise Stop("another run is at work") from None
-    else:
-        import errno
-        import fcntl
+        else:
+            import fcntl
 
-        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise Stop("another run is at work") from None
+    except OSError as error:
+        is_held = error.errno in (errno.EAGAIN, errno.EACCES)
+        if is_held or sys.platform == "win32":
+            raise Stop("another run is at work") from None
 
 
 def prepare_file(file: "BinaryIO", folder: str) -> None:
-    """Prepare .sync-offsets for being overwritten, and go to its beginning.
+    """Lengthen a short .sync-offsets to 512 bytes, and go to its beginning.
 
     To overwrite and lengthen a file in one write is not safe in a power cut, which may
-    keep the new bytes but not the new length. So a short file is lengthened first, with
-    blanks. An empty one holds no record; only its name is flushed to the disk.
+    keep the new bytes but not the new length.
     """
     size = file.seek(0, os.SEEK_END)
-    if 0 < size < RECORD_BYTES:
+    if size < RECORD_BYTES:
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
-    if size == 0:
-        # Some systems cannot open a directory.
+        # The file may be new. Its name is on the disk when the folder is. Some systems
+        # cannot open a folder.
         with suppress(OSError):
-            directory = os.open(folder, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     file.seek(0)
 
 
@@ -583,8 +578,6 @@ def write_all(file: "BinaryIO", data: bytes) -> None:
 
 def flush_file(file: "BinaryIO") -> None:
     """Get what was written to the disk, where the file system knows how."""
-    import errno
-
     try:
         os.fsync(file.fileno())
     except OSError as error:
@@ -600,7 +593,7 @@ class Log:
 
     mode             the mode to send in, "community" or "anonymous"
     size             bytes of the log when it was opened
-    head             its first bytes
+    head             its first 256 bytes, or fewer if it is shorter
     offset           everything before it is done
     anonymous_until  lines that begin before it are only ever sent as anonymous
     """
@@ -630,21 +623,15 @@ class Log:
         """Tell whether this is the log that a mark was saved for."""
         if mark.fingerprint is None:
             return bool(mark.offset <= self.size)
-        # With nothing seen, the checksum is 0, and any log fits.
+        # The checksum is that of as many bytes as had been seen, for a log shorter than
+        # 256 bytes grows. With nothing seen, it is 0, and any log fits.
         seen = max(mark.offset, mark.anonymous_until)
-        return bool(mark.fingerprint == self.fingerprint(seen))
-
-    def fingerprint(self, seen: int) -> int:
-        """Return a checksum of the log's first bytes, of at most as many as were seen.
-
-        A log shorter than 256 bytes grows. What is new must not change the checksum.
-        """
-        return zlib.crc32(self.head[:seen])
+        return bool(mark.fingerprint == zlib.crc32(self.head[:seen]))
 
     def mark(self) -> Mark:
         """Return how much of this log is done, to be saved."""
         seen = max(self.offset, self.anonymous_until)
-        return Mark(self.offset, self.anonymous_until, self.fingerprint(seen))
+        return Mark(self.offset, self.anonymous_until, zlib.crc32(self.head[:seen]))
 
     def flush(self) -> None:
         """Get the log to the disk, as far as its writers have written it."""
@@ -661,7 +648,7 @@ class Log:
         try:
             return self.file.readline(min(MAX_LINE_BYTES + 1, limit))
         except OSError as error:
-            raise Stop(f"{self.name}.jsonl cannot be read: {explain(error)}") from None
+            raise Stop(f"{self.name}.jsonl cannot be read ({error.strerror})") from None
 
     def lines(self, offset: int) -> "Iterator[Line]":
         """Yield the lines from an offset on. event is None if one is no JSON object."""
@@ -707,14 +694,6 @@ def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
 # Mode Stripping.
 
 
-def encode_json(value: "Any") -> bytes:
-    """Return strict JSON in UTF-8, with "?" for a lone surrogate.
-
-    Raise ValueError for NaN and infinity, RecursionError for very deep nesting.
-    """
-    return ENCODER.encode(value).encode("utf-8", "replace")
-
-
 def shape_event(mode: str, log: str, event: "Mapping[str, Any]") -> "Dict[str, Any]":
     """Return what is sent of an event: the fields that a mode allows, without nulls."""
     payload = {"type": log}  # type: Dict[str, Any]
@@ -727,99 +706,103 @@ def shape_event(mode: str, log: str, event: "Mapping[str, Any]") -> "Dict[str, A
     return payload
 
 
-def holds_event(line: Line) -> bool:
-    """Tell whether a line holds an event that can be sent."""
-    if line.event is None:
-        return False
+def encode_body(lines: "List[Line]", device_id: str) -> bytes:
+    """Return the body for lines of one mode, b"" for no lines.
+
+    The body is strict JSON in UTF-8, with "?" for a lone surrogate. If an event cannot
+    be written so, raise ValueError (NaN, infinity) or RecursionError (deep nesting).
+    """
+    if not lines:
+        return b""
+    mode = lines[0].mode
+    events = [shape_event(mode, line.log.name, line.event) for line in lines]
+    body = {"telemetryMode": mode, "events": events}
+    if mode == "community" and device_id:
+        body["deviceId"] = device_id
+    return ENCODER.encode(body).encode("utf-8", "replace")
+
+
+def is_encodable(line: Line) -> bool:
+    """Tell whether the event of a line can be sent."""
     try:
-        encode_json(shape_event(line.mode, line.log.name, line.event))
+        return bool(encode_body([line], ""))
     except (ValueError, RecursionError):
         return False
-    return True
 
 
-def collect_batch(logs: "List[Log]", max_events: int, behind: "Offsets") -> Batch:
-    """Return the next events of one mode, of all logs in turn. There is no body yet.
-
-    behind: offsets to begin at, other than those of the logs. Then the batch is a probe
-    of the server (see Search), and goes on to the next event, however far away it is.
-    """
-    first = None  # type: Optional[Line]
-    events = []  # type: List[Dict[str, Any]]
-    ends = dict(behind)
-    size = 0
-    passed_over = 0
-    all_lines = (log.lines(behind.get(log, log.offset)) for log in logs)
-    for line in chain.from_iterable(all_lines):
-        size += line.end - line.begin
-        # Enough for a batch is one line, with or without an event; for a probe, one
-        # event. (A probe's ends are never empty: they begin as those of behind.)
-        has_enough = events if behind else ends
-        if has_enough and size > BATCH_BYTES:
-            break
-        # A probe takes only an event that can be encoded. Other batches take any, and
-        # next_batch() finds the bad ones, so that good ones are encoded only once.
-        if line.event is not None and (not behind or holds_event(line)):
-            if first and (len(events) == max_events or line.mode != first.mode):
-                break
-            first = first or line
-            events.append(shape_event(line.mode, line.log.name, line.event))
-        elif not line.is_blank:
-            passed_over += 1
-        ends[line.log] = line.end
-    return Batch(first, events, ends, passed_over, b"")
+def encode_batch(batch: Batch, device_id: str) -> Batch:
+    """Return a batch with its body, and without the events that cannot be encoded."""
+    try:
+        return batch._replace(body=encode_body(batch.lines, device_id))
+    except (ValueError, RecursionError):
+        # To test each event would take too long if it was always done.
+        lines = [line for line in batch.lines if is_encodable(line)]
+        passed_over = batch.passed_over + len(batch.lines) - len(lines)
+        return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
 def next_batch(
-    logs: "List[Log]", device_id: str, max_events: int, behind: "Offsets"
-) -> Batch:
-    """Return the next batch, with its body. behind: see collect_batch."""
+    starts: "Dict[Log, int]", max_events: int, device_id: str
+) -> "Optional[Batch]":
+    """Return the next events of one mode; None if nothing follows.
+
+    starts: by Log, the offset to begin at. The logs are read in turn.
+    """
+    lines = []  # type: List[Line]
+    ends = dict(starts)
+    size = 0
+    passed_over = 0
+    all_lines = (log.lines(offset) for log, offset in starts.items())
+    for line in chain.from_iterable(all_lines):
+        line_size = line.end - line.begin
+        if size and size + line_size > BATCH_BYTES:
+            break
+        if line.event is not None:
+            if lines and (len(lines) == max_events or line.mode != lines[0].mode):
+                break
+            lines.append(line)
+        elif not line.is_blank:
+            passed_over += 1
+        size += line_size
+        ends[line.log] = line.end
+    if size == 0:
+        return None
+    return encode_batch(Batch(lines, b"", ends, passed_over), device_id)
+
+
+def pending_batches(logs: "List[Log]", device_id: str) -> "Iterator[Batch]":
+    """Yield all that is pending, in the batches that a run would send."""
+    starts = {log: log.offset for log in logs}
     while True:
-        batch = collect_batch(logs, max_events, behind)
-        if not batch.events:
-            return batch
-        body = {"telemetryMode": batch.first.mode, "events": batch.events}
-        if batch.first.mode == "community" and device_id:
-            body["deviceId"] = device_id
-        try:
-            return batch._replace(body=encode_json(body))
-        except (ValueError, RecursionError):
-            # There is no strict JSON for one of the events. Try half of them. In the
-            # end that event is alone, and is passed over.
-            if len(batch.events) == 1:
-                return batch._replace(events=[], passed_over=batch.passed_over + 1)
-            max_events = len(batch.events) // 2
+        batch = next_batch(starts, BATCH_EVENTS, device_id)
+        if batch is None:
+            return
+        yield batch
+        starts = batch.ends
 
 
 # Send: one connection at a time, one retry for some statuses. Contract: Error Handling.
 
 
-def classify(
-    status: int, answer: "Optional[Dict[str, Any]]", retry_after: "Optional[str]" = None
-) -> Response:
-    """Return what a status means, together with the JSON object that came with it.
+def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
+    """Return what a status means.
 
-    Success is 2xx with a JSON object whose code is 0.
+    answer: the JSON object that came with a 2xx, or None. Success is a code of 0 in it.
     """
-    result = "server_error"
-    words = "not accepted"
     if status == 401:
-        result = "auth_failed"
-        words = "the token is not accepted"
-    elif status in (400, 413, 422):
-        result = "refused"
-        words = "the server refuses this batch"
-    elif 300 <= status < 400:
-        words = "a redirect, which is not followed"
-    elif 200 <= status < 300 and answer is None:
-        result = "network_error"
-        words = "the answer is not a JSON object"
-    elif 200 <= status < 300:
-        code = get_count(answer or {}, "code")
-        words = f"code {code}"
-        if code == 0:
-            result = "ok"
-    return Response(result, status, words, retry_after)
+        return Outcome("auth_failed", "the token is not accepted")
+    if status in (400, 413, 422):
+        return Outcome("refused", "the server refuses this batch")
+    if 300 <= status < 400:
+        return Outcome("server_error", "a redirect, which is not followed")
+    if not 200 <= status < 300:
+        return Outcome("server_error", "not accepted")
+    if answer is None:
+        return Outcome("network_error", "the answer is not a JSON object")
+    code = answer.get("code")
+    if type(code) is not int:
+        return Outcome("server_error", "the answer has no code")
+    return Outcome("server_error" if code else "ok", f"code {code}")
 
 
 def retry_delay(response: Response, now: float) -> "Optional[float]":
@@ -856,48 +839,43 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
     return sock
 
 
-def find_proxy(url: "SplitResult") -> "Tuple[str, Dict[str, str]]":
-    """Return host and port of the proxy for a URL, and headers for it; "" for none.
+def find_proxy(url: "SplitResult") -> "Request":
+    """Return a urllib request whose host is the proxy for an https URL, if it has one.
 
     Proxies are those of the environment and the system, as urllib understands them.
-    Plain http, and localhost, are this machine, and need none.
     """
-    if url.scheme == "http" or url.hostname == "localhost":
-        return "", {}
     import urllib.request
 
+    request = urllib.request.Request(url.geturl())
     # ProxyHandler has a method https_open if there is a proxy for https. In spite of
     # its name it opens nothing: it puts the proxy into request.host, unless no_proxy
     # excludes the server, and the proxy's user and password into a header.
-    request = urllib.request.Request(url.geturl())
     proxies = urllib.request.ProxyHandler()
     if hasattr(proxies, "https_open"):
         proxies.https_open(request)
-    # With its host unchanged, no proxy applies.
-    if request.host == url.netloc:
-        return "", {}
-    login = request.get_header("Proxy-authorization")
-    return request.host, {"Proxy-Authorization": login} if login else {}
+    return request
 
 
-def make_connection(
-    url: "SplitResult", proxy: str, proxy_headers: "Dict[str, str]"
-) -> "HTTPConnection":
-    """Return a connection that is not open yet, with TLS unless it is plain http.
+def make_connection(url: "SplitResult") -> "HTTPConnection":
+    """Return a connection that is not open yet, with TLS unless the URL is plain http.
 
     http.client verifies the server's certificate and name. With a proxy, TLS runs from
     here to the server through a CONNECT tunnel: the proxy sees neither token nor body.
     """
     import http.client
 
-    host = url.hostname or ""
     if url.scheme == "http":
-        connection = http.client.HTTPConnection(host, url.port or 80)
-    elif proxy:
-        connection = http.client.HTTPSConnection(proxy)
-        connection.set_tunnel(host, url.port or 443, proxy_headers)
+        connection = http.client.HTTPConnection(url.netloc)
+    elif url.hostname == "localhost":
+        # This machine needs no proxy.
+        connection = http.client.HTTPSConnection(url.netloc)
     else:
-        connection = http.client.HTTPSConnection(host, url.port or 443)
+        request = find_proxy(url)
+        connection = http.client.HTTPSConnection(request.host)
+        if request.host != url.netloc:
+            login = request.get_header("Proxy-authorization")
+            headers = {"Proxy-Authorization": login} if login else {}
+            connection.set_tunnel(url.hostname or "", url.port or 443, headers)
     connection.blocksize = BUFFER_BYTES
     # It has no public name. connect() sets the time limits, and takes localhost for
     # 127.0.0.1.
@@ -908,20 +886,13 @@ def make_connection(
 def explain_failure(error: Exception) -> str:
     """Return why there was no answer. The error's own text may hold the token."""
     import re
-    import socket
 
     # A proxy's refusal is in the text of an OSError and nowhere else.
     refusal = re.match(r"Tunnel connection failed: (\d\d\d)", str(error))
     if refusal:
         return "the proxy refused the tunnel with HTTP " + refusal.group(1)
     name = type(error).__name__
-    if isinstance(error, socket.gaierror):
-        return f"the host was not found ({name})"
-    if isinstance(error, socket.timeout):
-        return f"no progress for too long ({name})"
-    if name.startswith(("SSL", "Certificate")):
-        return f"TLS failed ({name})"
-    return f"no answer ({name})"
+    return f"{FAILURES.get(name, 'no answer')} ({name})"
 
 
 class Sender:
@@ -943,86 +914,82 @@ class Sender:
         # Token and device id as they are now, but config as it was when consent was
         # decided: so a change in between is noticed, too.
         self.agreement = run.read_agreement()._replace(config=run.config)
-        self.headers = {
-            "Authorization": "Bearer " + self.agreement.token,
-            "Content-Type": "application/json",
-            "User-Agent": "secondme_sync/" + VERSION,
-        }
         self.path = url.path
-        self.server = url.netloc
         self.has_begun = False
         try:
-            proxy, proxy_headers = find_proxy(url)
-            self.connection = make_connection(url, proxy, proxy_headers)
+            self.connection = make_connection(url)
         except (OSError, ValueError, http.client.HTTPException) as error:
             name = type(error).__name__
             raise Stop(f"TLS or the proxy cannot be set up ({name})") from None
-        if proxy:
+        self.server = url.netloc
+        if self.connection.host != url.hostname:
+            proxy = f"{self.connection.host}:{self.connection.port}"
             self.server += " through the proxy " + proxy
 
-    def post(self, body: bytes) -> Response:
-        """Post a body, and once more if the status says so; return what came of it."""
+    def close(self) -> None:
+        self.connection.close()
+
+    def post(self, body: bytes) -> str:
+        """Post a body, and once more if the status says so; return the result."""
         response = self.request(body)
         delay = retry_delay(response, time.time())
         if delay is not None and self.run.has_time(delay):
             self.run.say(f"retry in {delay:.0f} s")
-            try:
-                self.run.sleep(delay)
-            except OSError:
-                # Some sandboxes forbid it. Without a wait there is no retry.
-                return response
+            self.run.sleep(delay)
             response = self.request(body)
-        return response
+        return str(response.outcome.result)
 
     def request(self, body: bytes) -> Response:
-        """Make a request; raise Stop if no answer comes.
-
-        A server may close a kept connection at any moment, even while it is written to.
-        In that case, the request is made once more, over a new connection.
-        """
+        """Make a request; raise Stop if no answer comes."""
         import http.client
-        import socket
 
-        reuse = self.is_reusable()
         try:
-            try:
-                response = self.attempt(body, reuse)
-            except OSError as error:
-                # A kept connection that fails, other than by a timeout, was closed.
-                if not reuse or isinstance(error, socket.timeout):
-                    raise
-                response = self.attempt(body, reuse=False)
+            response = self.attempt(body)
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.connection.close()
             reason = explain_failure(error)
             raise Stop(f"network_error at {self.server}: {reason}") from None
+        result, words = response.outcome
         self.run.say(
             f"{len(body)} bytes to {self.server}: "
-            f"HTTP {response.status}, {response.words} ({response.result})"
+            f"HTTP {response.status}, {words} ({result})"
         )
         return response
 
-    def attempt(self, body: bytes, reuse: bool) -> Response:
-        """Make a request over the kept connection or a new one."""
-        if not reuse:
-            self.check_agreement()
-            self.connection.close()
-            self.connection.connect()
-        # Again: to connect may have taken seconds.
+    def attempt(self, body: bytes) -> Response:
+        """Make a request over the kept connection, or else over a new one.
+
+        A server may close a kept connection at any moment, even while it is written to.
+        In that case, the request is made once more.
+        """
+        if self.is_reusable():
+            with suppress(ConnectionError):
+                return self.exchange(body)
+        self.check_agreement()
+        self.connection.close()
+        self.connection.connect()
+        return self.exchange(body)
+
+    def exchange(self, body: bytes) -> Response:
+        """Make a request over the open connection."""
+        # Here, too: to connect may have taken seconds.
         self.check_agreement()
         if self.has_begun and not self.run.has_time():
             raise Stop("the time of this run is used up; the next run goes on")
         self.has_begun = True
-        headers = {**self.headers, "Content-Length": str(len(body))}
-        # http.client sends a file block by block, each with a time limit of its own. A
-        # bytes object would go out in one sendall(), with one time limit for all of it.
-        file = io.BytesIO(body)
+        headers = {
+            "Authorization": "Bearer " + self.agreement.token,
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "User-Agent": "secondme_sync/" + VERSION,
+        }
         try:
-            self.connection.request("POST", self.path, file, headers)
+            # http.client sends a file block by block, each with a time limit of its
+            # own. Bytes would go out in one sendall(), with one limit for all of them.
+            self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
             # A server may answer and close before it has read the whole body. Then its
-            # answer is there already. If not, read_response() fails, too, and request()
-            # sees to it.
+            # answer is there already. If not, read_response() fails, too.
             self.connection.sock.settimeout(0.1)
             response = self.read_response()
             self.connection.close()
@@ -1061,74 +1028,20 @@ class Sender:
         import http.client
 
         reply = self.connection.getresponse()
-        data = bytearray(MAX_SMALL_BYTES)
-        size = 0
+        answer = None
         is_whole = False
         if 200 <= reply.status < 300:
             with suppress(OSError, http.client.HTTPException):
-                # Not read(): it would allocate whatever size a chunk claims to have.
-                size = reply.readinto(data)
+                answer = parse_object(decode(reply.read(MAX_SMALL_BYTES)))
                 # Whole: no byte follows, and length, the number of bytes still due, is
                 # 0, or None if none was announced.
-                is_whole = reply.readinto(bytearray(1)) == 0 and not reply.length
-        answer = None
-        if is_whole:
-            answer = parse_object(decode(bytes(data[:size])))
-        else:
+                is_whole = not reply.read(1) and not reply.length
+        if not is_whole:
             # What is left of the body might be taken for the next response.
             self.connection.close()
-        return classify(reply.status, answer, reply.getheader("Retry-After"))
-
-
-class Search:
-    """The search for the event that makes a server refuse a batch.
-
-    1. The refused batch is halved until the refused event stands alone.
-    2. Proof is needed that it is the event and not the server: the server must accept
-       another event after the first refusal. If it has accepted none on the way, the
-       event behind the refused one is posted alone, as a probe.
-    3. With proof, the refused event is left out for good, and a new Search begins.
-       Without proof, it stays pending, and the run ends.
-
-    max_events  of the next batch
-    unsettled   how many events of the refused batch are not accepted yet; 0 if none was
-                refused
-    has_proof   whether some of its events were accepted, so that the refusal is due to
-                one of the others
-    behind      for a probe: the offsets behind the refused event that stands alone
-    refusal     place and status of that refusal, for messages
-    """
-
-    def __init__(self) -> None:
-        self.max_events = BATCH_EVENTS
-        self.unsettled = 0
-        self.has_proof = False
-        self.behind = {}  # type: Offsets
-        self.refusal = ""
-
-    def goes_on(self, batch: Batch, status: int) -> bool:
-        """Note that a batch was refused; tell whether to search on.
-
-        Next comes a smaller batch or, behind an event that stands alone, a probe. With
-        proof, no probe is needed: that event is found, and is to be left out.
-        """
-        if self.unsettled == 0:
-            self.unsettled = len(batch.events)
-        self.max_events = max(1, len(batch.events) // 2)
-        if len(batch.events) > 1:
-            return True
-        self.behind = batch.ends
-        line = batch.first
-        place = f"byte {line.begin} of {line.log.name}.jsonl"
-        self.refusal = f"the event at {place}, refused with HTTP {status}"
-        return not self.has_proof
-
-    def note_accepted(self, batch: Batch) -> None:
-        """Count the events of an accepted batch."""
-        self.unsettled = max(0, self.unsettled - len(batch.events))
-        # If all were accepted, in smaller batches, no event was at fault: the server
-        # limits the size. Forget the refusal, and the proof with it, but stay small.
-        self.has_proof = self.unsettled > 0
+            answer = None
+        retry_after = reply.getheader("Retry-After")
+        return Response(reply.status, retry_after, classify(reply.status, answer))
 
 
 # The run, and the other things that the command line offers.
@@ -1146,68 +1059,118 @@ def check(run: Run) -> None:
     state = read_state(run.analytics)
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
-            has_lines = next(log.lines(log.offset), None) is not None
             # completed is behind if an earlier run was cut short after its last batch.
-            if has_lines or log.offset != state.completed[log.name]:
+            if log.offset != state.completed[log.name] or any(log.lines(log.offset)):
                 return
-    for name in LOGS:
-        problem = find_problem(run.log_path(name))
-        if problem:
-            raise Stop(f"{run.log_path(name)} cannot be read: {problem}")
+    run.stop_if_unreadable()
     raise Stop("nothing is pending")
 
 
-def deliver(run: Run, logs: "Logs", device_id: str, post: "Post", save: "Save") -> str:
-    """Post what is pending, batch by batch; save() each time. Return the result."""
-    search = Search()
-    while True:
-        batch = next_batch(logs, device_id, search.max_events, search.behind)
-        if not batch.ends:
-            return "ok"
-        is_probe = bool(search.behind)
-        response = post(batch.body) if batch.events else NOTHING_POSTED
-        result = str(response.result)
-        if is_probe and result in ("refused", "nothing"):
-            run.say("still pending, and all behind it: " + search.refusal)
-            return "server_error"
-        if result not in ("ok", "nothing", "refused"):
-            return result
-        if result == "refused" and search.goes_on(batch, response.status):
-            continue
-        # Now the batch was accepted, or had nothing to post, or is a lone event that is
-        # refused, with proof. A probe that was accepted ends behind that event, too.
+class Delivery:
+    """Sends what is pending, batch by batch, and records each batch that is accepted.
+
+    If the server refuses a batch, a search begins for the event that it refuses: the
+    batch is halved until that event stands alone. See leave_out() for what follows.
+    """
+
+    def __init__(
+        self, run: Run, state: State, logs: "List[Log]", sender: Sender
+    ) -> None:
+        self.say = run.say
+        self.state = state
+        self.logs = logs
+        self.post = sender.post
+        self.device_id = sender.agreement.device_id
+
+    def deliver(self) -> str:
+        """Send all that is pending; return the result to record."""
+        # How many events the batch has that began the search, and how many of them were
+        # accepted since, in smaller batches. Both are 0 if no search is on.
+        searched = 0
+        accepted = 0
+        max_events = BATCH_EVENTS
+        while True:
+            batch = self.next_batch(max_events)
+            if batch is None:
+                return "ok"
+            result = self.send(batch)
+            if result == "refused" and len(batch.lines) > 1:
+                searched = searched or len(batch.lines)
+                max_events = len(batch.lines) // 2
+                continue
+            if result == "refused":
+                result = self.leave_out(batch, has_proof=accepted > 0)
+                max_events = BATCH_EVENTS
+                searched = 0
+            if result != "ok":
+                return result
+            accepted += len(batch.lines)
+            if accepted >= searched:
+                # No search is on any more. (If all its events were accepted, the server
+                # limits the size, and max_events stays small.)
+                searched = 0
+                accepted = 0
+
+    def next_batch(self, max_events: int) -> "Optional[Batch]":
+        """Return the next batch, None if nothing is pending."""
+        starts = {log: log.offset for log in self.logs}
+        return next_batch(starts, max_events, self.device_id)
+
+    def send(self, batch: Batch) -> str:
+        """Post a batch; if it is accepted, go on behind it. Return the result."""
+        result = self.post(batch.body) if batch.body else "ok"
+        if result == "ok":
+            self.advance(batch)
+        return result
+
+    def advance(self, batch: Batch) -> None:
+        """Record that a batch is done."""
         for log, end in batch.ends.items():
             log.offset = end
-        save()
+        self.state.save(self.logs, "network_error", flush=False)
         if batch.passed_over:
-            run.say(PASSED_OVER.format(batch.passed_over))
-        if search.behind:
-            run.say("left out for good: " + search.refusal)
-            search = Search()
-        elif result == "ok":
-            search.note_accepted(batch)
+            self.say(PASSED_OVER.format(batch.passed_over))
+
+    def leave_out(self, lone: Batch, has_proof: bool) -> str:
+        """Leave an event that the server refuses out for good. Return the result.
+
+        That takes proof that the event is at fault and not the server: since the search
+        began, the server must have accepted another event. If it has not, the event
+        behind the refused one is posted alone, as a probe. Without proof, all stays
+        pending.
+        """
+        line = lone.lines[0]
+        place = f"byte {line.begin} of {line.log.name}.jsonl"
+        words = f"the server refuses the event at {place}"
+        probe = None
+        if not has_proof:
+            probe = next_batch(lone.ends, 1, self.device_id)
+            while probe is not None and not probe.body:
+                probe = next_batch(probe.ends, 1, self.device_id)
+            result = self.post(probe.body) if probe is not None else "refused"
+            if result == "refused":
+                self.say(words + "; it stays pending, and all behind it")
+                return "server_error"
+            if result != "ok":
+                return result
+        self.advance(lone)
+        if probe is not None:
+            self.advance(probe)
+        self.say(words + ", but accepts others; it is left out for good")
+        return "ok"
 
 
 def sync(run: Run) -> None:
     """Send what is pending, record what was accepted. Contract: Sync Implementation."""
     check(run)
-    with ExitStack() as stack:
-        state = stack.enter_context(lock_state(run.analytics))
-        logs = stack.enter_context(open_logs(run, state, run.mode))
+    with lock_state(run.analytics) as state, open_logs(run, state, run.mode) as logs:
         # Recorded in advance: a run that cannot record must not send, and this is the
         # result that stands if the run is cut short.
         result = "network_error"
         state.save(logs, result, flush=True)
         try:
-            sender = Sender(run)
-            stack.callback(sender.connection.close)
-            result = deliver(
-                run,
-                logs,
-                sender.agreement.device_id,
-                sender.post,
-                lambda: state.save(logs, "network_error", flush=False),
-            )
+            with closing(Sender(run)) as sender:
+                result = Delivery(run, state, logs, sender).deliver()
         finally:
             state.save(logs, result, flush=True)
 
@@ -1328,24 +1291,22 @@ def show(text: str, stream: "Optional[TextIO]") -> None:
         print(data.decode(stream.encoding), file=stream, flush=True)
 
 
-def print_word(word: str) -> None:
-    """Print a word for a shell to read, without the CR that print() adds on Windows."""
-    sys.stdout.buffer.write(word.encode("ascii") + b"\n")
+def write_line(data: bytes) -> None:
+    """Write a line to stdout as it is. (On Windows, print() would add a CR.)"""
+    sys.stdout.buffer.write(data + b"\n")
     sys.stdout.flush()
 
 
-def print_body(body: bytes) -> Response:
-    """Print a body instead of posting it: indented on a terminal, or else exactly."""
-    if sys.stdout.isatty():
-        text = body.decode("utf-8")
-        # Very deep nesting cannot be indented, and is shown as it is.
-        with suppress(RecursionError):
-            text = json.dumps(json.loads(text), ensure_ascii=False, indent=2)
-        show(text, sys.stdout)
-    else:
-        sys.stdout.buffer.write(body + b"\n")
-        sys.stdout.flush()
-    return Response("ok", 200, "", None)
+def print_body(body: bytes) -> None:
+    """Print the body of a request: indented on a terminal, or else exactly."""
+    if not sys.stdout.isatty():
+        write_line(body)
+        return
+    text = body.decode("utf-8")
+    # Very deep nesting cannot be indented, and is shown as it is.
+    with suppress(RecursionError):
+        text = json.dumps(json.loads(text), ensure_ascii=False, indent=2)
+    show(text, sys.stdout)
 
 
 def describe_pending(run: Run, logs: "List[Log]") -> str:
@@ -1353,26 +1314,26 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     counts = dict.fromkeys(LOGS, 0)
     as_anonymous = 0
     passed_over = 0
-    for log in logs:
-        for line in log.lines(log.offset):
-            if holds_event(line):
-                counts[log.name] += 1
-                if line.mode != log.mode:
-                    as_anonymous += 1
-            elif not line.is_blank:
-                passed_over += 1
-    parts = []
-    for name in LOGS:
-        problem = find_problem(run.log_path(name))
-        if problem:
-            parts.append(f"{name}.jsonl cannot be read ({problem})")
-        else:
-            parts.append(f"{counts[name]} {name} events")
+    for batch in pending_batches(logs, ""):
+        passed_over += batch.passed_over
+        for line in batch.lines:
+            counts[line.log.name] += 1
+            if line.mode != line.log.mode:
+                as_anonymous += 1
+    parts = [
+        find_problem(run.log_path(name)) or f"{counts[name]} {name} events"
+        for name in LOGS
+    ]
     if as_anonymous:
         parts.append(f"{as_anonymous} of them marked as anonymous")
     if passed_over:
         parts.append(PASSED_OVER.format(passed_over))
     return ", ".join(parts)
+
+
+def mode_to_count(run: Run) -> str:
+    """Return the mode to count what is pending in. Off sends nothing, in no mode."""
+    return "community" if run.mode == "off" else str(run.mode)
 
 
 def show_status(run: Run) -> None:
@@ -1382,14 +1343,12 @@ def show_status(run: Run) -> None:
     if state.result == "network_error":
         last += " (no usable answer; or the run is still on, or ended early)"
     problem = find_problem(os.path.join(run.analytics, ".sync-offsets"))
-    if problem:
-        last = f"unknown, .sync-offsets cannot be read ({problem})"
     try:
         endpoint = run.endpoint().geturl()
     except Stop as stop:
         endpoint = str(stop)
     login = "a token" if read_token(run.directory) else "no usable token"
-    with open_logs(run, state, run.mode_to_count) as logs:
+    with open_logs(run, state, mode_to_count(run)) as logs:
         pending = describe_pending(run, logs)
     lines = [
         "directory: " + run.directory,
@@ -1397,7 +1356,7 @@ def show_status(run: Run) -> None:
         "endpoint:  " + endpoint,
         f"login:     {login} in credentials",
         "pending:   " + pending,
-        "last sync: " + last,
+        "last sync: " + (f"unknown, {problem}" if problem else last),
     ]
     show("\n".join(lines), sys.stdout)
 
@@ -1405,7 +1364,7 @@ def show_status(run: Run) -> None:
 def print_pending(run: Run) -> None:
     """Print yes if a sync would have something to do. If not, main() prints no."""
     check(run)
-    print_word("yes")
+    write_line(b"yes")
 
 
 def dry_run(run: Run, preview: "Optional[str]") -> None:
@@ -1413,19 +1372,18 @@ def dry_run(run: Run, preview: "Optional[str]") -> None:
 
     preview is a mode to try, whatever was agreed to, or None for the mode that is set.
     """
-    if preview is None:
-        check(run)
-        mode = run.mode
-        text = f"{mode} mode, to {run.endpoint().geturl()}"
-    else:
-        mode = preview
-        text = f"a preview of {mode} mode; the mode that is set is {run.mode}"
+    mode = preview or run.mode
+    if preview:
+        text = f"a preview of {preview} mode; the mode that is set is {run.mode}"
         text += f" ({run.reason})"
+    else:
+        check(run)
+        text = f"{mode} mode, to {run.endpoint().geturl()}"
     with open_logs(run, read_state(run.analytics), mode) as logs:
-        text += ": " + describe_pending(run, logs)
-        show("secondme_sync: " + text, sys.stderr)
-        device_id = read_device_id(run.directory, mode)
-        deliver(run, logs, device_id, print_body, save=lambda: None)
+        show(f"secondme_sync: {text}: {describe_pending(run, logs)}", sys.stderr)
+        for batch in pending_batches(logs, read_device_id(run.directory, mode)):
+            if batch.body:
+                print_body(batch.body)
 
 
 def skip_pending(run: Run) -> None:
@@ -1435,25 +1393,17 @@ def skip_pending(run: Run) -> None:
     """
     if not os.path.isdir(run.directory):
         raise Stop(f"there is no directory {run.directory} yet")
-    paths = [run.log_path(name) for name in LOGS]
-    for path in paths:
-        problem = find_problem(path)
-        if problem:
-            raise Stop(f"{path} cannot be read: {problem}")
-    if not any(os.path.exists(path) for path in paths):
+    run.stop_if_unreadable()
+    if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    with ExitStack() as stack:
-        state = stack.enter_context(lock_state(run.analytics))
-        logs = stack.enter_context(open_logs(run, state, run.mode_to_count))
-        text = "never to be sent: " + describe_pending(run, logs)
+    mode = mode_to_count(run)
+    with lock_state(run.analytics) as state, open_logs(run, state, mode) as logs:
+        pending = describe_pending(run, logs)
         for log in logs:
-            for line in log.lines(log.offset):
-                log.offset = line.end
-            if log.offset < log.size:
-                text += f"; the unfinished last line of {log.name}.jsonl is not skipped"
+            log.offset = log.size
         state.save(logs, "skipped", flush=True)
-    show(text, sys.stdout)
+    show("never to be sent: " + pending, sys.stdout)
 
 
 # The command line.
@@ -1477,6 +1427,14 @@ switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Pyth
 uses them.
 """
 
+# What else the program can do, and what --help says of it.
+ACTIONS = {
+    "status": "print mode, endpoint, login, pending events, last result",
+    "pending": "print yes or no: would a run have something to do",
+    "skip-pending": "mark what is logged as never to be sent",
+    "background": "send in a new process, and return at once",
+}
+
 
 def build_parser() -> "ArgumentParser":
     import argparse
@@ -1490,27 +1448,24 @@ def build_parser() -> "ArgumentParser":
         allow_abbrev=False,
     )
     parser.set_defaults(action="sync")
-    add_flags(parser.add_mutually_exclusive_group(), parser)
-    return parser
-
-
-def add_flags(actions: "Any", parser: "ArgumentParser") -> None:
-    """Add the flags, of which only one of actions may be given."""
+    actions = parser.add_mutually_exclusive_group()
     # preview: "" (the default) means no --dry-run; None, --dry-run without MODE.
+    modes = ("anonymous", "community")
+    text = "print what would be sent, or what MODE would send; send nothing"
     actions.add_argument(
-        "--dry-run", dest="preview", nargs="?", const=None, default="",
-        choices=("anonymous", "community"), metavar="MODE",
-        help="print what would be sent, or what MODE would send; send nothing",
+        "--dry-run", dest="preview", nargs="?", const=None, default="", choices=modes,
+        metavar="MODE", help=text,
     )
-    for name, text in (
-        ("status", "print mode, endpoint, login, pending events, last result"),
-        ("pending", "print yes or no: would a run have something to do"),
-        ("skip-pending", "mark what is logged as never to be sent"),
-        ("background", "send in a new process, and return at once"),
-    ):
+    for name, text in ACTIONS.items():
         actions.add_argument(
             "--" + name, dest="action", action="store_const", const=name, help=text
         )
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: "ArgumentParser") -> None:
+    """Add the flags that go with any action."""
     add = parser.add_argument
     text = "seconds that a run may take (default: %(default)s)"
     add("--max-time", type=float, default=RUN_SECONDS, metavar="S", help=text)
@@ -1575,27 +1530,29 @@ def perform(options: Options) -> None:
 def main(argv: "List[str]") -> int:
     """Do what the arguments ask for; return the exit code."""
     options = parse_args(argv)
-    # These are run by people: if they end early, say why.
-    is_told = options.verbose or options.action in ("dry-run", "skip-pending", "status")
     try:
         perform(options)
         return 0
     except Stop as stop:
         reason = str(stop)
+    except BrokenPipeError:
+        # The reader of the output, such as head, has ended.
+        return 0
     except Exception as error:
         # Name only the type: the text of the error may hold the token.
         reason = f"an unexpected error ({type(error).__name__})"
-        # A broken pipe is no error: the reader of the output, such as head, has ended.
-        is_told = is_told and not isinstance(error, BrokenPipeError)
-    if is_told:
-        effects = {
-            "dry-run": "nothing would be sent", "skip-pending": "nothing is skipped",
-        }
+    # What people run says why it ended early.
+    effects = {
+        "dry-run": "nothing would be sent",
+        "skip-pending": "nothing is skipped",
+        "status": "stopped",
+    }
+    if options.verbose or options.action in effects:
         effect = effects.get(options.action, "stopped")
         show(f"secondme_sync: {effect}: {reason}", sys.stderr)
     if options.action == "pending":
         with suppress(Exception):
-            print_word("no")
+            write_line(b"no")
     return 1 if options.action == "skip-pending" else 0
 
 
