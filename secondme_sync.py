@@ -1,9 +1,9 @@
 """Send pending SecondMe telemetry. One file, standard library, Python 3.6 or newer.
 
-If its user agreed to it, a SecondMe skill logs usage and feedback events on this
-machine, one JSON object a line. This program sends the pending events to the SecondMe
-backend, and records how far it got. Without consent, a sync reads config and ends. What
-was logged before the user agreed is sent afterwards, unless --skip-pending was run.
+SecondMe skills log usage and feedback events on this machine, one JSON object a line.
+If the user has agreed to it, this program sends the pending events to the SecondMe
+backend, and records how far it got. Without consent, a sync reads config and ends. The
+log stays, and is sent if the user agrees later, unless --skip-pending was run first.
 
 Usage:
     secondme_sync.py                    send what is pending; print nothing
@@ -15,7 +15,7 @@ Usage:
     secondme_sync.py --help             list these and the other flags
 
 Exit code: 0, even if nothing could be sent; 2 for wrong flags; 1 if --skip-pending
-failed, or if a run hung so badly that only its second time limit ended it.
+failed, or if a run hung so badly that it had to be killed a second after --max-time.
 
 Reads, all in ~/.secondme:
     config                     the mode agreed to: "community", "anonymous" or "off"
@@ -90,7 +90,7 @@ BASE_URL = "https://app.mindos.com/gate/lab"
 EVENTS_PATH = "/api/secondme/telemetry/events/batch"
 
 BATCH_EVENTS = 100
-# Log lines in a batch. A longer line goes alone.
+# Bytes of log lines in a batch. A longer line goes alone.
 BATCH_BYTES = 128 * 1024
 # Longer lines are passed over.
 MAX_LINE_BYTES = 1024 * 1024
@@ -125,8 +125,8 @@ COMMUNITY_FIELDS = {
     + ("session", "user_intent", "actions_summary", "error_summary", "comment"),
 }
 FIELDS = {"anonymous": ANONYMOUS_FIELDS, "community": COMMUNITY_FIELDS}
-# Sent if the event has no such field. Any other missing field is left out, and so is
-# any field that is null.
+# Sent in place of a field that is missing. Other missing fields are left out, and so is
+# every field that is null.
 DEFAULTS = {
     "skill": "secondme", "ts": "",
     "phases_used": [], "references_loaded": [], "issues": [],
@@ -149,14 +149,13 @@ OFF_SWITCHES = (
     "DO_NOT_TRACK", "DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
 )
 
-# A base URL is https to any host, or plain http to this machine, then perhaps a port
-# and a path. It has no user, no query and no fragment: [!%->A-~] is printable ASCII
-# without number sign, question mark, at sign (and without quote and dollar).
+# A base URL is https to any host, or plain http to this machine; then perhaps a port
+# and a path of printable ASCII. parse_endpoint() also refuses a query and a fragment.
 BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 URL_PATTERN = (
     r"(https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
     r"|http://(localhost|127(\." + BYTE_PATTERN + r"){3}|\[::1\]))"
-    r"(:[0-9]+)?(/[!%->A-~]*)?"
+    r"(:[0-9]+)?(/[!-~]*)?"
 )
 
 # Records. To type checkers, all of their fields are Any.
@@ -166,15 +165,15 @@ Consent = namedtuple("Consent", "mode reason")
 # What must not change during a run: the content of config, the token, the device id.
 Agreement = namedtuple("Agreement", "config token device_id")
 # How much of a log is done. Lines that begin before anonymous_until are only ever sent
-# as anonymous. fingerprint: a checksum of the log's beginning, None if there is no
-# record, or an older script's.
+# as anonymous. fingerprint: a checksum of the log's beginning; None if no record has
+# one, for older scripts write none.
 Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
-# A line of a Log, from byte to byte. mode: what it may be sent as. event: the JSON
-# object that it holds, or None.
+# A line of a log. begin, end: the offsets of its first byte and of the byte after it.
+# mode: what it may be sent as. event: the JSON object that it holds, or None.
 Line = namedtuple("Line", "log begin end mode event is_blank")
 # lines: up to 100 Lines with events, all of one mode. body: what is posted, b"" without
-# lines. ends: by Log, the offset behind the batch. passed_over: how many lines hold no
-# event, blank ones aside.
+# lines. ends: for each Log, the offset after the batch. passed_over: how many lines
+# hold no event, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
 # "refused" for a refused body. words: what happened.
@@ -298,10 +297,11 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
         if value not in ("", "0", "false"):
             return Consent("off", f"{name} is {json.dumps(value)}")
     limit = environment.get("SM_TEL", "")
-    if limit in ("", "community", mode):
-        return Consent(mode, reason)
-    lowered = "anonymous" if limit == "anonymous" else "off"
-    return Consent(lowered, f"SM_TEL is {json.dumps(limit)}")
+    if limit not in ("", "anonymous", "community"):
+        return Consent("off", f"SM_TEL is {json.dumps(limit)}")
+    if limit == "anonymous" and mode == "community":
+        return Consent("anonymous", 'SM_TEL is "anonymous"')
+    return Consent(mode, reason)
 
 
 def read_token(directory: str) -> str:
@@ -329,7 +329,7 @@ def parse_endpoint(base_url: "Any") -> "SplitResult":
         # Some invalid hosts and ports match the pattern. urllib raises ValueError.
         with suppress(ValueError):
             url = urllib.parse.urlsplit(base_url.rstrip("/") + EVENTS_PATH)
-            if url.port != 0:
+            if url.port != 0 and not url.query and not url.fragment:
                 return url
     # What stands before an "@" may be a password, and must not be shown.
     shown = json.dumps(base_url)
@@ -376,8 +376,8 @@ class Run:
     def has_time(self, delay: float = 0) -> bool:
         """Tell whether another request may begin after a delay.
 
-        None begins in the last third of a run: it might be cut short, and then be sent
-        twice. (Sender.exchange() does not ask this for the first request of a run.)
+        No request begins in the last third of a run: one that is cut short is sent
+        again by the next run. (The first request of a run begins in any case.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -400,7 +400,10 @@ class Run:
         )
 
     def endpoint(self) -> "SplitResult":
-        """Return the split URL to post to; raise Stop if it must not be contacted."""
+        """Return the split URL to post to; raise Stop if it must not be contacted.
+
+        config is the user's own, so its server comes before that of --base-url.
+        """
         settings = parse_object(decode(self.config)) or {}
         return parse_endpoint(settings.get("baseUrl", self.base_url))
 
@@ -442,14 +445,15 @@ class State:
         resume = get(saved, "resume", {})  # type: Dict[str, Any]
         for name in LOGS:
             mark = get(resume, name, {})  # type: Dict[str, Any]
-            # Without one, the record is an older script's, or there is none yet.
-            self.marks[name] = Mark(self.completed[name], 0, None)
             if type(mark.get("fingerprint")) is int:
                 self.marks[name] = Mark(
                     get_count(mark, "bytes"),
                     get_count(mark, "anonymous"),
                     get_count(mark, "fingerprint"),
                 )
+            else:
+                # An older script wrote the record, or there is none yet.
+                self.marks[name] = Mark(self.completed[name], 0, None)
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
         """Record how much of the logs is done, and a result.
@@ -475,7 +479,7 @@ class State:
         if flush:
             # The logs come first. Otherwise a power cut could lose the last lines of a
             # log and keep our offset. The next lines would land before that offset and
-            # never be sent. (What a run reads is flushed by its first save.)
+            # never be sent.
             for log in logs:
                 log.flush()
         with stop_on_error(self.path):
@@ -488,8 +492,8 @@ class State:
         write_all(self.file, record.ljust(RECORD_BYTES - 1) + b"\n")
         if flush:
             flush_file(self.file)
-            # Another program's file may be longer. To cut it before the record is on
-            # the disk could lose both.
+            # Another program's file may be longer. It is cut off only now that our
+            # record is on the disk.
             self.file.truncate(RECORD_BYTES)
 
 
@@ -561,8 +565,8 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     if size < RECORD_BYTES:
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
-        # The file may be new. Its name is on the disk when the folder is. Some systems
-        # cannot open a folder.
+        # A new file survives a power cut only if its folder is flushed, too. Some
+        # systems cannot open a folder.
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
             os.fsync(descriptor)
@@ -622,16 +626,21 @@ class Log:
     def fits(self, mark: Mark) -> bool:
         """Tell whether this is the log that a mark was saved for."""
         if mark.fingerprint is None:
-            return bool(mark.offset <= self.size)
-        # The checksum is that of as many bytes as had been seen, for a log shorter than
-        # 256 bytes grows. With nothing seen, it is 0, and any log fits.
-        seen = max(mark.offset, mark.anonymous_until)
-        return bool(mark.fingerprint == zlib.crc32(self.head[:seen]))
+            return int(mark.offset) <= self.size
+        fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
+        return fingerprint == int(mark.fingerprint)
+
+    def fingerprint(self, offset: int, anonymous_until: int) -> int:
+        """Return a checksum of the first bytes, of which so many have been seen.
+
+        Bytes that had not been seen must not count: a log shorter than 256 bytes grows.
+        """
+        return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
     def mark(self) -> Mark:
         """Return how much of this log is done, to be saved."""
-        seen = max(self.offset, self.anonymous_until)
-        return Mark(self.offset, self.anonymous_until, zlib.crc32(self.head[:seen]))
+        fingerprint = self.fingerprint(self.offset, self.anonymous_until)
+        return Mark(self.offset, self.anonymous_until, fingerprint)
 
     def flush(self) -> None:
         """Get the log to the disk, as far as its writers have written it."""
@@ -650,25 +659,35 @@ class Log:
         except OSError as error:
             raise Stop(f"{self.name}.jsonl cannot be read ({error.strerror})") from None
 
+    def skip_rest(self, end: int) -> "Optional[int]":
+        """Read the rest of a line and return its end, None if it is unfinished."""
+        while True:
+            data = self.read_line(self.size - end)
+            if not data:
+                return None
+            end += len(data)
+            if data.endswith(b"\n"):
+                return end
+
     def lines(self, offset: int) -> "Iterator[Line]":
-        """Yield the lines from an offset on. event is None if one is no JSON object."""
+        """Yield the lines from an offset on. event is None if one is no JSON object.
+
+        The last line needs no newline if it is a whole JSON object. Otherwise it is
+        unfinished, and left to the next run.
+        """
         end = self.file.seek(offset)
         while end < self.size:
             begin = end
-            data = self.read_line(self.size - end)
-            end += len(data)
+            data = self.read_line(self.size - begin)
+            end = begin + len(data)
             text = decode(data, errors="replace")
             is_too_long = len(data) > MAX_LINE_BYTES and not data.endswith(b"\n")
             event = None if is_too_long else parse_object(text)
-            # No object and no newline yet. Either the line is above 1 MiB: its rest is
-            # read and dropped. Or it is the last line and not finished: no data follow,
-            # and it is left to the next run. (The last line needs no newline if it is a
-            # whole JSON object.)
-            while event is None and not data.endswith(b"\n"):
-                data = self.read_line(self.size - end)
-                end += len(data)
-                if not data:
+            if event is None and not data.endswith(b"\n"):
+                rest = self.skip_rest(end)
+                if rest is None:
                     return
+                end = rest
             # THE decision on privacy: the mode that a line is sent in.
             mode = "anonymous" if begin < self.anonymous_until else self.mode
             is_blank = not text and not is_too_long
@@ -770,9 +789,14 @@ def next_batch(
     return encode_batch(Batch(lines, b"", ends, passed_over), device_id)
 
 
+def get_offsets(logs: "List[Log]") -> "Dict[Log, int]":
+    """Return where to go on in each log."""
+    return {log: log.offset for log in logs}
+
+
 def pending_batches(logs: "List[Log]", device_id: str) -> "Iterator[Batch]":
     """Yield all that is pending, in the batches that a run would send."""
-    starts = {log: log.offset for log in logs}
+    starts = get_offsets(logs)
     while True:
         batch = next_batch(starts, BATCH_EVENTS, device_id)
         if batch is None:
@@ -798,6 +822,7 @@ def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
     if not 200 <= status < 300:
         return Outcome("server_error", "not accepted")
     if answer is None:
+        # It is not the server's. The login page of a public network looks like this.
         return Outcome("network_error", "the answer is not a JSON object")
     code = answer.get("code")
     if type(code) is not int:
@@ -839,20 +864,21 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
     return sock
 
 
-def find_proxy(url: "SplitResult") -> "Request":
-    """Return a urllib request whose host is the proxy for an https URL, if it has one.
+def apply_proxy(url: "SplitResult") -> "Request":
+    """Return a urllib request for an https URL, through the proxy if there is one.
 
-    Proxies are those of the environment and the system, as urllib understands them.
+    Then its host is that of the proxy. Proxies are those of the environment and the
+    system, as urllib understands them.
     """
     import urllib.request
 
     request = urllib.request.Request(url.geturl())
-    # ProxyHandler has a method https_open if there is a proxy for https. In spite of
-    # its name it opens nothing: it puts the proxy into request.host, unless no_proxy
-    # excludes the server, and the proxy's user and password into a header.
-    proxies = urllib.request.ProxyHandler()
-    if hasattr(proxies, "https_open"):
-        proxies.https_open(request)
+    # As urllib documents it, ProxyHandler has a method https_open() if there is a proxy
+    # for https. That only changes the request, unless no_proxy excludes the server:
+    # it sets its host, and a header if the proxy needs a login.
+    handler = urllib.request.ProxyHandler()
+    if hasattr(handler, "https_open"):
+        handler.https_open(request)
     return request
 
 
@@ -867,18 +893,17 @@ def make_connection(url: "SplitResult") -> "HTTPConnection":
     if url.scheme == "http":
         connection = http.client.HTTPConnection(url.netloc)
     elif url.hostname == "localhost":
-        # This machine needs no proxy.
+        # A proxy would take this for itself.
         connection = http.client.HTTPSConnection(url.netloc)
     else:
-        request = find_proxy(url)
+        request = apply_proxy(url)
         connection = http.client.HTTPSConnection(request.host)
         if request.host != url.netloc:
             login = request.get_header("Proxy-authorization")
             headers = {"Proxy-Authorization": login} if login else {}
             connection.set_tunnel(url.hostname or "", url.port or 443, headers)
     connection.blocksize = BUFFER_BYTES
-    # It has no public name. connect() sets the time limits, and takes localhost for
-    # 127.0.0.1.
+    # http.client has no public way to set the time limits of connect().
     connection._create_connection = connect  # type: ignore[attr-defined]
     return connection
 
@@ -922,7 +947,7 @@ class Sender:
             name = type(error).__name__
             raise Stop(f"TLS or the proxy cannot be set up ({name})") from None
         self.server = url.netloc
-        if self.connection.host != url.hostname:
+        if self.connection.host.lower() != url.hostname:
             proxy = f"{self.connection.host}:{self.connection.port}"
             self.server += " through the proxy " + proxy
 
@@ -972,7 +997,7 @@ class Sender:
 
     def exchange(self, body: bytes) -> Response:
         """Make a request over the open connection."""
-        # Here, too: to connect may have taken seconds.
+        # Again: to connect may have taken seconds.
         self.check_agreement()
         if self.has_begun and not self.run.has_time():
             raise Stop("the time of this run is used up; the next run goes on")
@@ -988,8 +1013,8 @@ class Sender:
             # own. Bytes would go out in one sendall(), with one limit for all of them.
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
-            # A server may answer and close before it has read the whole body. Then its
-            # answer is there already. If not, read_response() fails, too.
+            # Perhaps the server has answered before it had read the whole body, and
+            # closed. Then its answer is there already. If not, read_response() fails.
             self.connection.sock.settimeout(0.1)
             response = self.read_response()
             self.connection.close()
@@ -997,11 +1022,9 @@ class Sender:
         return self.read_response()
 
     def check_agreement(self) -> None:
-        """Raise Stop if consent, login or device id has changed since the run began.
-
-        The token of self.agreement is empty if it was removed after check().
-        """
-        if self.run.read_agreement() != self.agreement or not self.agreement.token:
+        """Raise Stop if consent, login or device id has changed since the run began."""
+        agreement = self.run.read_agreement()
+        if agreement != self.agreement or not agreement.token:
             raise Stop("config, login or device id has changed")
 
     def is_reusable(self) -> bool:
@@ -1033,8 +1056,8 @@ class Sender:
         if 200 <= reply.status < 300:
             with suppress(OSError, http.client.HTTPException):
                 answer = parse_object(decode(reply.read(MAX_SMALL_BYTES)))
-                # Whole: no byte follows, and length, the number of bytes still due, is
-                # 0, or None if none was announced.
+                # length counts the announced bytes that are still to come. If the
+                # connection breaks, read() does not raise, and length stays above 0.
                 is_whole = not reply.read(1) and not reply.length
         if not is_whole:
             # What is left of the body might be taken for the next response.
@@ -1059,8 +1082,9 @@ def check(run: Run) -> None:
     state = read_state(run.analytics)
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
+            has_lines = next(log.lines(log.offset), None) is not None
             # completed is behind if an earlier run was cut short after its last batch.
-            if log.offset != state.completed[log.name] or any(log.lines(log.offset)):
+            if has_lines or log.offset != state.completed[log.name]:
                 return
     run.stop_if_unreadable()
     raise Stop("nothing is pending")
@@ -1084,49 +1108,40 @@ class Delivery:
 
     def deliver(self) -> str:
         """Send all that is pending; return the result to record."""
-        # How many events the batch has that began the search, and how many of them were
-        # accepted since, in smaller batches. Both are 0 if no search is on.
-        searched = 0
-        accepted = 0
         max_events = BATCH_EVENTS
+        # During a search: events of the refused batch that are not accepted yet.
+        unsettled = 0
+        has_proof = False
         while True:
-            batch = self.next_batch(max_events)
+            batch = next_batch(get_offsets(self.logs), max_events, self.device_id)
             if batch is None:
                 return "ok"
-            result = self.send(batch)
-            if result == "refused" and len(batch.lines) > 1:
-                searched = searched or len(batch.lines)
-                max_events = len(batch.lines) // 2
-                continue
-            if result == "refused":
-                result = self.leave_out(batch, has_proof=accepted > 0)
-                max_events = BATCH_EVENTS
-                searched = 0
-            if result != "ok":
+            result = self.post(batch.body) if batch.body else "nothing"
+            if result == "nothing":
+                self.advance(batch)
+            elif result == "ok":
+                self.advance(batch)
+                # (If all are accepted now, the server limits the size. Stay small.)
+                unsettled = max(0, unsettled - len(batch.lines))
+                has_proof = unsettled > 0
+            elif result != "refused":
                 return result
-            accepted += len(batch.lines)
-            if accepted >= searched:
-                # No search is on any more. (If all its events were accepted, the server
-                # limits the size, and max_events stays small.)
-                searched = 0
-                accepted = 0
-
-    def next_batch(self, max_events: int) -> "Optional[Batch]":
-        """Return the next batch, None if nothing is pending."""
-        starts = {log: log.offset for log in self.logs}
-        return next_batch(starts, max_events, self.device_id)
-
-    def send(self, batch: Batch) -> str:
-        """Post a batch; if it is accepted, go on behind it. Return the result."""
-        result = self.post(batch.body) if batch.body else "ok"
-        if result == "ok":
-            self.advance(batch)
-        return result
+            elif len(batch.lines) > 1:
+                unsettled = unsettled or len(batch.lines)
+                max_events = len(batch.lines) // 2
+            else:
+                result = self.leave_out(batch, has_proof)
+                if result != "ok":
+                    return result
+                max_events = BATCH_EVENTS
+                unsettled = 0
+                has_proof = False
 
     def advance(self, batch: Batch) -> None:
         """Record that a batch is done."""
         for log, end in batch.ends.items():
             log.offset = end
+        # Not flushed: the first save of the run has flushed all lines that it reads.
         self.state.save(self.logs, "network_error", flush=False)
         if batch.passed_over:
             self.say(PASSED_OVER.format(batch.passed_over))
@@ -1188,7 +1203,7 @@ def limit_time(run: Run) -> None:
         run.say("time is up; what is not accepted yet stays pending")
         os._exit(0)
 
-    # To wait for a lock works even where a sandbox forbids to sleep.
+    # Not time.sleep(): some sandboxes refuse it.
     never_free = _thread.allocate_lock()
     never_free.acquire()
     _thread.start_new_thread(watch, ())
@@ -1217,8 +1232,11 @@ def sync_in_background(run: Run) -> None:
         command += ["--dir", run.directory, "--base-url", run.base_url]
         command += ["--max-time", str(run.max_time)]
         start_detached(command, run.directory)
-    elif sys.platform == "win32" or fork_detached(run.directory):
-        # This is the new process. Or it is Windows, which cannot fork, and waits.
+    elif sys.platform == "win32":
+        # It cannot fork, so the caller waits.
+        sync_in_foreground(run)
+    elif fork_detached(run.directory):
+        # This is the new process.
         sync_in_foreground(run)
 
 
@@ -1227,7 +1245,8 @@ def start_detached(command: "List[str]", folder: str) -> None:
     from subprocess import DEVNULL, Popen
 
     if sys.platform == "win32":
-        # Without redirections, no handle is inherited that a caller might wait for.
+        # With redirections, the new process would inherit the handles of this one, and
+        # a caller that waits for the end of a pipe would wait for it, too.
         flags = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
         breakaway = 0x1000000  # CREATE_BREAKAWAY_FROM_JOB
         try:
@@ -1332,7 +1351,10 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
 
 
 def mode_to_count(run: Run) -> str:
-    """Return the mode to count what is pending in. Off sends nothing, in no mode."""
+    """Return the mode to count what is pending in.
+
+    For off, that is community, which leaves it open how the events may be sent later.
+    """
     return "community" if run.mode == "off" else str(run.mode)
 
 
@@ -1389,7 +1411,8 @@ def dry_run(run: Run, preview: "Optional[str]") -> None:
 def skip_pending(run: Run) -> None:
     """Mark what is logged so far as never to be sent, in any mode.
 
-    If the beginning of a log is edited later, it counts as another log (see Log).
+    But if the first 256 bytes of a log change later, all of it is pending again, and
+    sent as anonymous.
     """
     if not os.path.isdir(run.directory):
         raise Stop(f"there is no directory {run.directory} yet")
@@ -1449,7 +1472,8 @@ def build_parser() -> "ArgumentParser":
     )
     parser.set_defaults(action="sync")
     actions = parser.add_mutually_exclusive_group()
-    # preview: "" (the default) means no --dry-run; None, --dry-run without MODE.
+    # preview: "" (the default) means no --dry-run; None, --dry-run without MODE, for
+    # argparse compares any other const with the choices.
     modes = ("anonymous", "community")
     text = "print what would be sent, or what MODE would send; send nothing"
     actions.add_argument(
@@ -1541,7 +1565,7 @@ def main(argv: "List[str]") -> int:
     except Exception as error:
         # Name only the type: the text of the error may hold the token.
         reason = f"an unexpected error ({type(error).__name__})"
-    # What people run says why it ended early.
+    # These are called by hand, and say why they ended early.
     effects = {
         "dry-run": "nothing would be sent",
         "skip-pending": "nothing is skipped",

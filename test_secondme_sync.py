@@ -513,7 +513,6 @@ def test_localhost_is_this_machine_whatever_its_name_leads_to(home, monkeypatch)
     "http://me@127.0.0.1",
     "http://127.0.0.1@example.test",
     "http://127.0.0.1\\@example.test",
-    "http://127.0.0.1/@example.test",
     # query and fragment
     "https://example.test?x",
     "https://example.test/?x",
