@@ -29,9 +29,11 @@ Writes analytics/.sync-offsets and nothing else.
 Sends to https://app.mindos.com/gate/lab/api/secondme/telemetry/events/batch, unless
 config or --base-url names another server: by https, or by http to this machine. The
 fields that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS below.
-Anonymous means fewer fields and no device id; the login is the same.
+Anonymous means fewer fields and no device id. The token goes along all the same, so the
+server can tell whose events they are.
 
-Environment: SM_TEL and the OFF_SWITCHES below can lower the mode; see decide_consent.
+Environment: some variables can lower the mode or switch telemetry off; see
+read_environment.
 Proxies and certificates are used as Python's urllib uses them.
 
 Words that this file uses:
@@ -56,8 +58,8 @@ if __name__ == "__main__":
     sys.path = [path for path in sys.path if path]
 
     # Ctrl-C ends the program at once and without a traceback, unless the caller ignores
-    # it. A kill at any moment costs one repeated batch at most, so there is nothing to
-    # tidy up. (A power cut may cost all batches of one run.)
+    # it. There is nothing to tidy up: a kill loses nothing, and makes the next run send
+    # one batch again at most. (A power cut: all batches of one run.)
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -76,7 +78,7 @@ from itertools import chain
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
-    from http.client import HTTPConnection
+    from http.client import HTTPConnection, HTTPResponse
     from socket import socket
     from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Mapping
     from typing import Optional, TextIO, Tuple, TypeVar
@@ -135,7 +137,7 @@ LOGS = ("usage", "feedback")  # analytics/<name>.jsonl
 
 PASSED_OVER = "lines that hold no event and are ignored: {}"
 
-# What it means, in words, if a request ends with one of these exceptions.
+# The exceptions that end a request, in words for people.
 FAILURES = {
     "gaierror": "the host was not found",
     "timeout": "no progress for too long",
@@ -143,11 +145,6 @@ FAILURES = {
     "SSLError": "TLS failed",
     "SSLCertVerificationError": "TLS failed",
 }
-
-# Variables of the environment that switch telemetry off, unless empty, "0" or "false".
-OFF_SWITCHES = (
-    "DO_NOT_TRACK", "DISABLE_TELEMETRY", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
-)
 
 # A base URL is https to any host, or plain http to this machine; then perhaps a port
 # and a path of printable ASCII. parse_endpoint() also refuses a query and a fragment.
@@ -158,15 +155,14 @@ URL_PATTERN = (
     r"(:[0-9]+)?(/[!-~]*)?"
 )
 
-# Records. To type checkers, all of their fields are Any.
+# Records. To type checkers, all of their fields are Any; hence some bool() and str().
 
 # mode: "community", "anonymous" or "off". reason: in words, what decided that.
 Consent = namedtuple("Consent", "mode reason")
 # What must not change during a run: the content of config, the token, the device id.
 Agreement = namedtuple("Agreement", "config token device_id")
 # How much of a log is done. Lines that begin before anonymous_until are only ever sent
-# as anonymous. fingerprint: a checksum of the log's beginning; None if no record has
-# one, for older scripts write none.
+# as anonymous. fingerprint: a checksum of the log's beginning, None if not recorded.
 Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
 # A line of a log. begin, end: the offsets of its first byte and of the byte after it.
 # mode: what it may be sent as. event: the JSON object that it holds, or None.
@@ -259,10 +255,10 @@ def get_count(container: "Mapping[str, Any]", key: str) -> int:
 
 
 def read_environment() -> "Dict[str, str]":
-    """Return the variables that can lower consent, "" for one that is not set.
+    """Return the variables that can lower the mode, "" for one that is not set.
 
-    They are written out, so that a search finds each variable that is read. They are
-    SM_TEL and the OFF_SWITCHES.
+    SM_TEL names a mode. Each of the others switches telemetry off, unless it is empty,
+    "0" or "false". No other variable is read by name, except HOME.
     """
     nonessential = os.environ.get("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "")
     return {
@@ -276,7 +272,8 @@ def read_environment() -> "Dict[str, str]":
 def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
     """Return the mode, "community", "anonymous" or "off", and what decided it.
 
-    config is the content of the file. The environment can only lower what it allows.
+    config is the content of the file. The environment (see read_environment) can only
+    lower what it allows.
     """
     if not config:
         return Consent("off", "config is missing, empty or unreadable")
@@ -292,9 +289,8 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
     if mode not in ("anonymous", "community"):
         return Consent("off", reason + ", which is no mode")
 
-    for name in OFF_SWITCHES:
-        value = environment.get(name, "")
-        if value not in ("", "0", "false"):
+    for name, value in environment.items():
+        if name != "SM_TEL" and value not in ("", "0", "false"):
             return Consent("off", f"{name} is {json.dumps(value)}")
     limit = environment.get("SM_TEL", "")
     if limit not in ("", "anonymous", "community"):
@@ -376,8 +372,8 @@ class Run:
     def has_time(self, delay: float = 0) -> bool:
         """Tell whether another request may begin after a delay.
 
-        No request begins in the last third of a run: one that is cut short is sent
-        again by the next run. (The first request of a run begins in any case.)
+        A request that is cut short by the end of the run may arrive twice. So none
+        begins in the last third of a run.
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -402,7 +398,8 @@ class Run:
     def endpoint(self) -> "SplitResult":
         """Return the split URL to post to; raise Stop if it must not be contacted.
 
-        config is the user's own, so its server comes before that of --base-url.
+        Unlike usual, config comes before the flag: the user writes config, and a skill
+        passes the flag. A baseUrl that is no text is refused, too.
         """
         settings = parse_object(decode(self.config)) or {}
         return parse_endpoint(settings.get("baseUrl", self.base_url))
@@ -420,8 +417,9 @@ class State:
             "usage": {"bytes": 48211, "fingerprint": 1234567, "anonymous": 0},
             "feedback": {"bytes": 0, "fingerprint": 0, "anonymous": 0}}}
 
-    completed  usage_bytes and feedback_bytes, by log. Older scripts read them; they
-               move only when a run has sent everything, or skipped it.
+    completed  usage_bytes and feedback_bytes, by log. Older scripts read them. As the
+               contract has it, they move only when a run has sent everything (or
+               skipped it).
     marks      what resume holds, by log. The next run starts there; they move with
                every accepted batch.
 
@@ -510,7 +508,7 @@ def lock_state(folder: str) -> "Iterator[State]":
     with ExitStack() as stack:
         with stop_on_error(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            # Unbuffered: what a full disk does not take must not wait for close().
+            # Unbuffered, so that a full disk shows when it is written, not in close().
             file = stack.enter_context(open(descriptor, "r+b", buffering=0))
             lock_file(file)
             prepare_file(file, folder)
@@ -535,8 +533,8 @@ def stop_on_error(path: str) -> "Iterator[None]":
 def lock_file(file: "BinaryIO") -> None:
     """Lock a file until it is closed; raise Stop if another process holds its lock.
 
-    Some network drives have no locks. Go on without one there, except on Windows, which
-    does not tell the difference.
+    Some network drives have no locks. Go on without one there; but on Windows, that
+    looks like a lock that is held, and is taken for one.
     """
     try:
         if sys.platform == "win32":
@@ -609,7 +607,7 @@ class Log:
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
         if self.fits(mark):
-            # It may have been cut behind its first 256 bytes.
+            # The log may have become shorter, but not shorter than its fingerprint.
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
         else:
@@ -626,14 +624,14 @@ class Log:
     def fits(self, mark: Mark) -> bool:
         """Tell whether this is the log that a mark was saved for."""
         if mark.fingerprint is None:
-            return int(mark.offset) <= self.size
+            return bool(mark.offset <= self.size)
         fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
-        return fingerprint == int(mark.fingerprint)
+        return bool(fingerprint == mark.fingerprint)
 
     def fingerprint(self, offset: int, anonymous_until: int) -> int:
-        """Return a checksum of the first bytes, of which so many have been seen.
+        """Return a checksum of what lies in the head before the two offsets.
 
-        Bytes that had not been seen must not count: a log shorter than 256 bytes grows.
+        What lies after them may not have been there yet when the mark was saved.
         """
         return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
@@ -774,10 +772,11 @@ def next_batch(
     all_lines = (log.lines(offset) for log, offset in starts.items())
     for line in chain.from_iterable(all_lines):
         line_size = line.end - line.begin
+        # The first line is taken even if it is larger.
         if size and size + line_size > BATCH_BYTES:
             break
         if line.event is not None:
-            if lines and (len(lines) == max_events or line.mode != lines[0].mode):
+            if len(lines) == max_events or (lines and line.mode != lines[0].mode):
                 break
             lines.append(line)
         elif not line.is_blank:
@@ -822,7 +821,7 @@ def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
     if not 200 <= status < 300:
         return Outcome("server_error", "not accepted")
     if answer is None:
-        # It is not the server's. The login page of a public network looks like this.
+        # This is not from our server, but perhaps the login page of a public network.
         return Outcome("network_error", "the answer is not a JSON object")
     code = answer.get("code")
     if type(code) is not int:
@@ -865,17 +864,16 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
 
 
 def apply_proxy(url: "SplitResult") -> "Request":
-    """Return a urllib request for an https URL, through the proxy if there is one.
+    """Return a urllib request for an https URL. Its host is the proxy's, if any.
 
-    Then its host is that of the proxy. Proxies are those of the environment and the
-    system, as urllib understands them.
+    Proxies are those of the environment and the system, as urllib understands them.
     """
     import urllib.request
 
     request = urllib.request.Request(url.geturl())
     # As urllib documents it, ProxyHandler has a method https_open() if there is a proxy
-    # for https. That only changes the request, unless no_proxy excludes the server:
-    # it sets its host, and a header if the proxy needs a login.
+    # for https. That method sends nothing. Unless no_proxy names the server, it puts
+    # the proxy's host, and a header with the proxy's login, into the request.
     handler = urllib.request.ProxyHandler()
     if hasattr(handler, "https_open"):
         handler.https_open(request)
@@ -936,8 +934,8 @@ class Sender:
 
         url = run.endpoint()
         self.run = run
-        # Token and device id as they are now, but config as it was when consent was
-        # decided: so a change in between is noticed, too.
+        # With the config that consent was decided on, check_agreement() notices if it
+        # has changed since.
         self.agreement = run.read_agreement()._replace(config=run.config)
         self.path = url.path
         self.has_begun = False
@@ -947,6 +945,7 @@ class Sender:
             name = type(error).__name__
             raise Stop(f"TLS or the proxy cannot be set up ({name})") from None
         self.server = url.netloc
+        # In a tunnel, the connection's host is the proxy.
         if self.connection.host.lower() != url.hostname:
             proxy = f"{self.connection.host}:{self.connection.port}"
             self.server += " through the proxy " + proxy
@@ -990,6 +989,7 @@ class Sender:
         if self.is_reusable():
             with suppress(ConnectionError):
                 return self.exchange(body)
+        # Without consent, not even a connection is made.
         self.check_agreement()
         self.connection.close()
         self.connection.connect()
@@ -999,6 +999,7 @@ class Sender:
         """Make a request over the open connection."""
         # Again: to connect may have taken seconds.
         self.check_agreement()
+        # The first request of a run begins in any case.
         if self.has_begun and not self.run.has_time():
             raise Stop("the time of this run is used up; the next run goes on")
         self.has_begun = True
@@ -1047,24 +1048,29 @@ class Sender:
             return not selector.select(timeout=0)
 
     def read_response(self) -> Response:
-        """Read a response; its body only if the status is 2xx, and at most 64 KiB."""
-        import http.client
-
+        """Read a response; its body only if the status is 2xx."""
         reply = self.connection.getresponse()
         answer = None
-        is_whole = False
         if 200 <= reply.status < 300:
-            with suppress(OSError, http.client.HTTPException):
-                answer = parse_object(decode(reply.read(MAX_SMALL_BYTES)))
-                # length counts the announced bytes that are still to come. If the
-                # connection breaks, read() does not raise, and length stays above 0.
-                is_whole = not reply.read(1) and not reply.length
-        if not is_whole:
+            answer = parse_object(decode(read_body(reply)))
+        if answer is None:
             # What is left of the body might be taken for the next response.
             self.connection.close()
-            answer = None
         retry_after = reply.getheader("Retry-After")
         return Response(reply.status, retry_after, classify(reply.status, answer))
+
+
+def read_body(reply: "HTTPResponse") -> bytes:
+    """Return the body of a response, b"" unless it is complete and at most 64 KiB."""
+    import http.client
+
+    with suppress(OSError, http.client.HTTPException):
+        data = reply.read(MAX_SMALL_BYTES)
+        # length counts the announced bytes that are still to come. If the connection
+        # breaks, read() does not raise, and length stays above 0.
+        if not reply.read(1) and not reply.length:
+            return data
+    return b""
 
 
 # The run, and the other things that the command line offers.
@@ -1086,6 +1092,7 @@ def check(run: Run) -> None:
             # completed is behind if an earlier run was cut short after its last batch.
             if has_lines or log.offset != state.completed[log.name]:
                 return
+    # (A log that cannot be read does not hold up the other one.)
     run.stop_if_unreadable()
     raise Stop("nothing is pending")
 
@@ -1093,8 +1100,7 @@ def check(run: Run) -> None:
 class Delivery:
     """Sends what is pending, batch by batch, and records each batch that is accepted.
 
-    If the server refuses a batch, a search begins for the event that it refuses: the
-    batch is halved until that event stands alone. See leave_out() for what follows.
+    max_events  of the next batch
     """
 
     def __init__(
@@ -1103,76 +1109,103 @@ class Delivery:
         self.say = run.say
         self.state = state
         self.logs = logs
-        self.post = sender.post
+        self.sender = sender
         self.device_id = sender.agreement.device_id
+        self.max_events = BATCH_EVENTS
 
     def deliver(self) -> str:
         """Send all that is pending; return the result to record."""
-        max_events = BATCH_EVENTS
-        # During a search: events of the refused batch that are not accepted yet.
-        unsettled = 0
-        has_proof = False
         while True:
-            batch = next_batch(get_offsets(self.logs), max_events, self.device_id)
+            batch = self.next_batch(self.max_events)
             if batch is None:
                 return "ok"
-            result = self.post(batch.body) if batch.body else "nothing"
-            if result == "nothing":
-                self.advance(batch)
-            elif result == "ok":
-                self.advance(batch)
-                # (If all are accepted now, the server limits the size. Stay small.)
-                unsettled = max(0, unsettled - len(batch.lines))
-                has_proof = unsettled > 0
-            elif result != "refused":
+            result = self.send(batch)
+            if result == "refused":
+                result = self.search(batch)
+            if result != "ok":
                 return result
-            elif len(batch.lines) > 1:
-                unsettled = unsettled or len(batch.lines)
-                max_events = len(batch.lines) // 2
-            else:
-                result = self.leave_out(batch, has_proof)
-                if result != "ok":
-                    return result
-                max_events = BATCH_EVENTS
-                unsettled = 0
-                has_proof = False
+
+    def next_batch(self, max_events: int) -> "Optional[Batch]":
+        """Return the next batch, None if nothing is pending."""
+        return next_batch(get_offsets(self.logs), max_events, self.device_id)
+
+    def send(self, batch: Batch) -> str:
+        """Post a batch; if it is accepted, record that. Return the result."""
+        # Without a body, there are only lines to pass over.
+        result = self.sender.post(batch.body) if batch.body else "ok"
+        if result == "ok":
+            self.advance(batch)
+        return result
 
     def advance(self, batch: Batch) -> None:
         """Record that a batch is done."""
         for log, end in batch.ends.items():
             log.offset = end
-        # Not flushed: the first save of the run has flushed all lines that it reads.
+        # To flush takes time. Without it, a power cut makes the next run send all
+        # batches of this one again.
         self.state.save(self.logs, "network_error", flush=False)
         if batch.passed_over:
             self.say(PASSED_OVER.format(batch.passed_over))
 
-    def leave_out(self, lone: Batch, has_proof: bool) -> str:
-        """Leave an event that the server refuses out for good. Return the result.
+    def search(self, refused: Batch) -> str:
+        """Search for the event that makes the server refuse a batch; return the result.
 
-        That takes proof that the event is at fault and not the server: since the search
-        began, the server must have accepted another event. If it has not, the event
-        behind the refused one is posted alone, as a probe. Without proof, all stays
-        pending.
+        Its events, the suspects, are posted in batches of half the size. If one of
+        these is refused, its events are the suspects, and so on: until a batch is
+        refused that holds a single event, or all suspects are accepted.
         """
+        suspects = len(refused.lines)
+        # Whether the server has accepted another event during this search.
+        has_proof = False
+        while len(refused.lines) > 1 and suspects > 0:
+            batch = self.next_batch(min(suspects, len(refused.lines) // 2))
+            if batch is None:
+                # The log has become shorter.
+                return "ok"
+            result = self.send(batch)
+            if result == "ok":
+                suspects -= len(batch.lines)
+                has_proof = has_proof or bool(batch.lines)
+            elif result == "refused":
+                suspects = len(batch.lines)
+                refused = batch
+            else:
+                return result
+        if suspects > 0:
+            return self.leave_out(refused, has_proof)
+        # No event was at fault. The server limits the size of a batch.
+        self.max_events = len(refused.lines) // 2
+        return "ok"
+
+    def leave_out(self, lone: Batch, has_proof: bool) -> str:
+        """Leave an event that the server refuses out for good; return the result.
+
+        That takes proof that the event is at fault and not the server: the server must
+        have accepted another event during the search. If it has not, the next event is
+        posted alone. If that is refused, too, or if there is none, both stay pending.
+        """
+        if has_proof:
+            result = "ok"
+            self.advance(lone)
+        else:
+            result = self.send_behind(lone)
         line = lone.lines[0]
         place = f"byte {line.begin} of {line.log.name}.jsonl"
         words = f"the server refuses the event at {place}"
-        probe = None
-        if not has_proof:
-            probe = next_batch(lone.ends, 1, self.device_id)
-            while probe is not None and not probe.body:
-                probe = next_batch(probe.ends, 1, self.device_id)
-            result = self.post(probe.body) if probe is not None else "refused"
-            if result == "refused":
-                self.say(words + "; it stays pending, and all behind it")
-                return "server_error"
-            if result != "ok":
-                return result
-        self.advance(lone)
-        if probe is not None:
-            self.advance(probe)
-        self.say(words + ", but accepts others; it is left out for good")
-        return "ok"
+        if result == "ok":
+            self.max_events = BATCH_EVENTS
+            self.say(words + ", but accepts others; it is left out for good")
+        elif result == "refused":
+            result = "server_error"
+            self.say(words + "; it stays pending, and all behind it")
+        return result
+
+    def send_behind(self, lone: Batch) -> str:
+        """Post the event behind a lone one; return the result, "refused" for none."""
+        batch = next_batch(lone.ends, 1, self.device_id)
+        while batch is not None and not batch.body:
+            batch = next_batch(batch.ends, 1, self.device_id)
+        return self.send(batch) if batch is not None else "refused"
 
 
 def sync(run: Run) -> None:
@@ -1227,7 +1260,8 @@ def sync_in_background(run: Run) -> None:
     # in the working directory may be anybody's.
     script = globals().get("__file__", "<stdin>")
     if script != "<stdin>" and os.path.isfile(script) and sys.executable:
-        # The real path, for /dev/stdin would be another file in the new process.
+        # realpath: the script may have been started as /dev/stdin, which is another
+        # file in the new process.
         command = [sys.executable, "-I", os.path.realpath(script)]
         command += ["--dir", run.directory, "--base-url", run.base_url]
         command += ["--max-time", str(run.max_time)]
@@ -1350,10 +1384,10 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     return ", ".join(parts)
 
 
-def mode_to_count(run: Run) -> str:
-    """Return the mode to count what is pending in.
+def mode_to_assume(run: Run) -> str:
+    """Return the mode in which to open the logs where nothing is sent.
 
-    For off, that is community, which leaves it open how the events may be sent later.
+    With off, that is community: then a Log leaves anonymous_until where it was.
     """
     return "community" if run.mode == "off" else str(run.mode)
 
@@ -1370,7 +1404,7 @@ def show_status(run: Run) -> None:
     except Stop as stop:
         endpoint = str(stop)
     login = "a token" if read_token(run.directory) else "no usable token"
-    with open_logs(run, state, mode_to_count(run)) as logs:
+    with open_logs(run, state, mode_to_assume(run)) as logs:
         pending = describe_pending(run, logs)
     lines = [
         "directory: " + run.directory,
@@ -1420,7 +1454,7 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    mode = mode_to_count(run)
+    mode = mode_to_assume(run)
     with lock_state(run.analytics) as state, open_logs(run, state, mode) as logs:
         pending = describe_pending(run, logs)
         for log in logs:
@@ -1440,9 +1474,8 @@ Without flags: send what is pending, and print nothing.
 """
 
 EPILOG = """\
-exit code: 0, also where nothing could be sent; 2 for wrong flags; 1 where
---skip-pending could not do what it says, or where only the last time limit could end
-a run.
+exit code: 0, even if nothing could be sent; 2 for wrong flags; 1 if --skip-pending
+failed, or if a run hung so badly that it had to be killed a second after --max-time.
 
 environment: SM_TEL=off or SM_TEL=anonymous lowers the mode that config sets.
 DO_NOT_TRACK=1, DISABLE_TELEMETRY=1 or CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1
@@ -1472,8 +1505,8 @@ def build_parser() -> "ArgumentParser":
     )
     parser.set_defaults(action="sync")
     actions = parser.add_mutually_exclusive_group()
-    # preview: "" (the default) means no --dry-run; None, --dry-run without MODE, for
-    # argparse compares any other const with the choices.
+    # preview: "" without --dry-run, None for --dry-run without MODE, or the MODE. (The
+    # other way round is not possible: argparse takes no const but None or a choice.)
     modes = ("anonymous", "community")
     text = "print what would be sent, or what MODE would send; send nothing"
     actions.add_argument(
@@ -1565,13 +1598,11 @@ def main(argv: "List[str]") -> int:
     except Exception as error:
         # Name only the type: the text of the error may hold the token.
         reason = f"an unexpected error ({type(error).__name__})"
-    # These are called by hand, and say why they ended early.
-    effects = {
-        "dry-run": "nothing would be sent",
-        "skip-pending": "nothing is skipped",
-        "status": "stopped",
-    }
-    if options.verbose or options.action in effects:
+    # What is called by hand says why it ended early.
+    if options.verbose or options.action in ("dry-run", "skip-pending", "status"):
+        effects = {
+            "dry-run": "nothing would be sent", "skip-pending": "nothing is skipped",
+        }
         effect = effects.get(options.action, "stopped")
         show(f"secondme_sync: {effect}: {reason}", sys.stderr)
     if options.action == "pending":

@@ -2773,7 +2773,7 @@ PADDED = b'{"code": 0}'.ljust(secondme_sync.MAX_SMALL_BYTES)
     pytest.param(200, PADDED + b" " * 11, "network_error", id="200-more than is read"),
     (401, {"code": 0}, "auth_failed"),
 ])
-def test_success_is_2xx_with_code_0(home, status, body, result):
+def test_result_of_an_answer_without_retry(home, status, body, result):
     """And all else is not tried again; see the table above for what is."""
     home.fill(1)
 
