@@ -276,7 +276,7 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
     lower what it allows.
     """
     if not config:
-        return Consent("off", "config is missing, empty or unreadable")
+        return Consent("off", "config is missing or empty")
     settings = parse_object(decode(config))
     if settings is None:
         return Consent("off", "config is not a valid JSON object")
@@ -307,6 +307,14 @@ def read_token(directory: str) -> str:
     return token if all("!" <= char <= "~" for char in token) else ""
 
 
+def explain_login(directory: str) -> str:
+    """Say whether there is a token, and if not, why."""
+    problem = find_problem(os.path.join(directory, "credentials"))
+    if problem or read_token(directory):
+        return problem or "a token in credentials"
+    return "no accessToken in credentials that can be sent"
+
+
 def read_device_id(directory: str, mode: str) -> str:
     """Return the device id to send in a mode, "" for none. Only community has one."""
     if mode != "community":
@@ -333,7 +341,7 @@ def parse_endpoint(base_url: "Any") -> "SplitResult":
         shown = '"...@' + shown.rpartition("@")[2]
     raise Stop(
         f"the base URL {shown[:200]} is refused: it must be https, or http to this "
-        "machine, without user, query and fragment"
+        "machine, in ASCII without blanks, user, query and fragment, with a valid port"
     )
 
 
@@ -362,6 +370,9 @@ class Run:
         self.analytics = os.path.join(directory, "analytics")
         self.config = read_small(os.path.join(directory, "config"))
         self.mode, self.reason = decide_consent(self.config, environment)
+        if not self.config:
+            problem = find_problem(os.path.join(directory, "config"))
+            self.reason = problem or self.reason
         self.base_url = base_url
         self.max_time = max_time
         self.say = say
@@ -380,12 +391,10 @@ class Run:
     def log_path(self, name: str) -> str:
         return os.path.join(self.analytics, name + ".jsonl")
 
-    def stop_if_unreadable(self) -> None:
-        """Raise Stop if a log exists and cannot be read."""
-        for name in LOGS:
-            problem = find_problem(self.log_path(name))
-            if problem:
-                raise Stop(problem)
+    def find_unreadable(self) -> str:
+        """Say that a log cannot be read, and why; "" if all can be, or do not exist."""
+        problems = (find_problem(self.log_path(name)) for name in LOGS)
+        return next(filter(None, problems), "")
 
     def read_agreement(self) -> Agreement:
         """Return what must not change during a run, as it is now."""
@@ -436,6 +445,7 @@ class State:
         # file. If that fails, the whole file may be another program's record.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
+        self.is_broken = bool(data.strip() and not saved)
         self.timestamp = get(saved, "last_sync_ts", "")
         self.result = get(saved, "last_sync_result", "")
         self.completed = {name: get_count(saved, name + "_bytes") for name in LOGS}
@@ -1084,7 +1094,7 @@ def check(run: Run) -> None:
     if run.mode == "off":
         raise Stop("telemetry is off: " + run.reason)
     if not read_token(run.directory):
-        raise Stop("not logged in: there is no usable token in credentials")
+        raise Stop("not logged in: " + explain_login(run.directory))
     state = read_state(run.analytics)
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
@@ -1092,9 +1102,7 @@ def check(run: Run) -> None:
             # completed is behind if an earlier run was cut short after its last batch.
             if has_lines or log.offset != state.completed[log.name]:
                 return
-    # (A log that cannot be read does not hold up the other one.)
-    run.stop_if_unreadable()
-    raise Stop("nothing is pending")
+    raise Stop(run.find_unreadable() or "nothing is pending")
 
 
 class Delivery:
@@ -1211,6 +1219,10 @@ class Delivery:
 def sync(run: Run) -> None:
     """Send what is pending, record what was accepted. Contract: Sync Implementation."""
     check(run)
+    problem = run.find_unreadable()
+    if problem:
+        # It does not hold up the other log.
+        run.say(problem)
     with lock_state(run.analytics) as state, open_logs(run, state, run.mode) as logs:
         # Recorded in advance: a run that cannot record must not send, and this is the
         # result that stands if the run is cut short.
@@ -1266,6 +1278,7 @@ def sync_in_background(run: Run) -> None:
         command += ["--dir", run.directory, "--base-url", run.base_url]
         command += ["--max-time", str(run.max_time)]
         start_detached(command, run.directory)
+        run.say("started in the background; --status will show the result")
     elif sys.platform == "win32":
         # It cannot fork, so the caller waits.
         sync_in_foreground(run)
@@ -1379,9 +1392,8 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     ]
     if as_anonymous:
         parts.append(f"{as_anonymous} of them marked as anonymous")
-    if passed_over:
-        parts.append(PASSED_OVER.format(passed_over))
-    return ", ".join(parts)
+    text = ", ".join(parts)
+    return f"{text}; {PASSED_OVER.format(passed_over)}" if passed_over else text
 
 
 def mode_to_assume(run: Run) -> str:
@@ -1398,19 +1410,20 @@ def show_status(run: Run) -> None:
     last = f"{state.result} {state.timestamp}".strip() or "never"
     if state.result == "network_error":
         last += " (no usable answer; or the run is still on, or ended early)"
-    problem = find_problem(os.path.join(run.analytics, ".sync-offsets"))
+    problem = find_problem(state.path)
+    if state.is_broken:
+        problem = f"{state.path} holds no record; everything in the logs is pending"
     try:
         endpoint = run.endpoint().geturl()
     except Stop as stop:
         endpoint = str(stop)
-    login = "a token" if read_token(run.directory) else "no usable token"
     with open_logs(run, state, mode_to_assume(run)) as logs:
         pending = describe_pending(run, logs)
     lines = [
         "directory: " + run.directory,
         f"mode:      {run.mode} ({run.reason})",
         "endpoint:  " + endpoint,
-        f"login:     {login} in credentials",
+        "login:     " + explain_login(run.directory),
         "pending:   " + pending,
         "last sync: " + (f"unknown, {problem}" if problem else last),
     ]
@@ -1450,7 +1463,9 @@ def skip_pending(run: Run) -> None:
     """
     if not os.path.isdir(run.directory):
         raise Stop(f"there is no directory {run.directory} yet")
-    run.stop_if_unreadable()
+    problem = run.find_unreadable()
+    if problem:
+        raise Stop(problem)
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return

@@ -301,7 +301,7 @@ def test_environment_of_the_process_is_read(home, environment, pending):
 
 @pytest.mark.parametrize("content, reason", [
     # content of config, in the reason
-    (b"", "missing, empty"),
+    (b"", "missing or empty"),
     (b" ", "not a valid JSON object"),
     (b"community", "not a valid JSON object"),
     (b'"community"', "not a valid JSON object"),
@@ -4777,7 +4777,7 @@ def test_preview_keeps_anonymous_what_was_seen_as_anonymous(home):
     pytest.param(
         lambda home: home.append("usage", b'no event\n\n{"torn'), [], {},
         "community mode, to {endpoint}: " + counted(usage=2, feedback=1)
-        + ", " + PASSED_OVER % 1, id="passed over"),
+        + "; " + PASSED_OVER % 1, id="passed over"),
     pytest.param(
         None, ["anonymous"], {},
         'a preview of anonymous mode; the mode that is set is community (config says "community"): '
@@ -4925,6 +4925,9 @@ def remove_state_directory(home):
     shutil.rmtree(str(home.dir))
 
 
+NO_TOKEN = "no accessToken in credentials that can be sent"
+
+
 @pytest.mark.parametrize("change, environ, shown", [
     # change, environment, what --status shows
     pytest.param(
@@ -4945,7 +4948,7 @@ def remove_state_directory(home):
         {"mode": "off (config names no mode)"}, id="no mode"),
     pytest.param(
         lambda home: home.path_of("config").unlink(), {},
-        {"mode": "off (config is missing, empty or unreadable)"}, id="no config"),
+        {"mode": "off (config is missing or empty)"}, id="no config"),
     pytest.param(
         lambda home: home.write("config", '{"telemetry": "community",}'), {},
         {"mode": "off (config is not a valid JSON object)"}, id="broken config"),
@@ -4967,24 +4970,24 @@ def remove_state_directory(home):
         {"mode": 'off (CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC is "1")'}, id="nonessential"),
     pytest.param(
         Home.log_out, {},
-        {"login": "no usable token in credentials"}, id="not logged in"),
+        {"login": NO_TOKEN}, id="not logged in"),
     pytest.param(
         lambda home: home.write("credentials", {"accessToken": "two words"}), {},
-        {"login": "no usable token in credentials"}, id="unusable token"),
+        {"login": NO_TOKEN}, id="unusable token"),
     pytest.param(
         lambda home: home.configure(baseUrl=None), {},
         {"endpoint": secondme_sync.BASE_URL + secondme_sync.EVENTS_PATH}, id="no baseUrl"),
     pytest.param(
         append_useless_lines, {},
         {"pending": counted(usage=2, feedback=1)
-         + ", " + PASSED_OVER % 3}, id="passed over"),
+         + "; " + PASSED_OVER % 3}, id="passed over"),
     pytest.param(
         Home.deliver, {},
         {"pending": counted(usage=0)}, id="all is sent"),
     pytest.param(
         remove_state_directory, {},
-        {"mode": "off (config is missing, empty or unreadable)",
-         "login": "no usable token in credentials",
+        {"mode": "off (config is missing or empty)",
+         "login": NO_TOKEN,
          "pending": counted(usage=0),
          "last sync": "never"}, id="no directory"),
 ])
@@ -5059,6 +5062,39 @@ def test_token_is_never_shown(home):
         assert TOKEN.encode() not in result.out + result.err
 
 
+NOT_REGULAR = "%s cannot be read (not a regular file)"
+
+
+@pytest.mark.parametrize("name, label, shown", [
+    # file, which line of --status tells, how it begins
+    ("config", "mode", "off (" + NOT_REGULAR),
+    ("credentials", "login", NOT_REGULAR),
+])
+def test_status_names_a_small_file_that_cannot_be_read(home, name, label, shown):
+    path = home.path_of(name)
+    path.unlink()
+    path.mkdir()
+
+    assert status(home)[label].startswith(shown % path)
+
+
+def test_status_says_that_the_state_holds_no_record(home):
+    """Then everything in the logs is pending again, what was skipped included."""
+    home.fill(1)
+    home.write(".sync-offsets", "garbage")
+
+    shown = status(home)["last sync"]
+
+    assert shown == "unknown, %s holds no record; everything in the logs is pending" % home.state
+
+
+def test_blank_state_is_that_of_no_sync(home):
+    """A first run has begun, and was killed before its first record."""
+    home.write(".sync-offsets", " " * secondme_sync.RECORD_BYTES)
+
+    assert status(home)["last sync"] == "never"
+
+
 def test_status_names_files_that_cannot_be_read(home):
     home.fill(2, 1)
     replace_usage_log_by_folder(home)
@@ -5066,10 +5102,8 @@ def test_status_names_files_that_cannot_be_read(home):
 
     shown = status(home)
 
-    assert shown["pending"] == (
-        "%s cannot be read (not a regular file), 1 feedback events" % home.path_of("usage.jsonl"))
-    assert shown["last sync"] == (
-        "unknown, %s cannot be read (not a regular file)" % home.state)
+    assert shown["pending"] == NOT_REGULAR % home.path_of("usage.jsonl") + ", 1 feedback events"
+    assert shown["last sync"] == "unknown, " + NOT_REGULAR % home.state
 
 
 # Takes away root's rights. What the script imports must be loaded before, for the folders of
@@ -5209,7 +5243,7 @@ def test_line_that_was_begun_before_a_skip_is_not_sent(home, length):
     pytest.param(Home.deliver, counted(usage=0), id="all is sent"),
     pytest.param(
         lambda home: home.append("usage", b"no event\n"),
-        counted(usage=2, feedback=1) + ", " + PASSED_OVER % 1,
+        counted(usage=2, feedback=1) + "; " + PASSED_OVER % 1,
         id="passed over"),
 ])
 def test_skip_pending_says_how_much(home, change, said):
@@ -5393,6 +5427,28 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
         "it stays pending, and all behind it"]
 
 
+def test_verbose_names_a_log_that_cannot_be_read_beside_one_that_is_sent(home):
+    home.fill(1, 1)
+    replace_usage_log_by_folder(home)
+
+    backend = home.deliver()
+
+    assert read_messages(backend) == [
+        NOT_REGULAR % home.path_of("usage.jsonl"),
+        "N bytes to SERVER: HTTP 200, code 0 (ok)"]
+
+
+def test_verbose_says_that_a_run_is_started_in_the_background(home):
+    home.fill(1)
+
+    with home.backend() as backend:
+        result = home.run("--background", "-v")
+        until(lambda: home.result == "ok")
+
+    assert result.err == b"secondme_sync: started in the background; --status will show the result\n"
+    assert backend.sessions == ["s-0"]
+
+
 def test_verbose_counts_lines_passed_over(home):
     home.append("usage", b"no event\n\n[1]\n" + line(usage(0)))
 
@@ -5420,12 +5476,13 @@ def test_verbose_prints_to_stderr(home, flag):
     pytest.param(lambda home: home.configure(telemetry="off"),
                  'telemetry is off: config says "off"', id="off"),
     pytest.param(Home.log_out,
-                 "not logged in: there is no usable token in credentials", id="not logged in"),
+                 "not logged in: " + NO_TOKEN, id="not logged in"),
     pytest.param(lambda home: home.rewrite("usage"),
                  "nothing is pending", id="nothing pending"),
     pytest.param(lambda home: home.configure(baseUrl="http://example.test"),
                  'the base URL "http://example.test" is refused: it must be https, or http to '
-                 'this machine, without user, query and fragment', id="refused baseUrl"),
+                 'this machine, in ASCII without blanks, user, query and fragment, with a valid port',
+                 id="refused baseUrl"),
     pytest.param(lambda home: None,
                  "network_error at 127.0.0.1:9: no answer (ConnectionRefusedError)",
                  id="nothing listens"),
