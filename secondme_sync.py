@@ -28,9 +28,10 @@ Writes analytics/.sync-offsets and nothing else.
 
 Sends to https://app.mindos.com/gate/lab/api/secondme/telemetry/events/batch, unless
 config or --base-url names another server: by https, or by http to this machine. The
-fields that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS below.
-Anonymous means fewer fields and no device id. The token goes along all the same, so the
-server can tell whose events they are.
+fields of an event that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS
+below. What counts is the mode at the time of sending, not that of logging. Anonymous
+means fewer fields and no device id. The token goes along all the same, so the server
+can tell whose events they are.
 
 Environment: some variables can lower the mode or switch telemetry off; see
 read_environment.
@@ -38,7 +39,7 @@ Proxies and certificates are used as Python's urllib uses them.
 
 Words that this file uses:
     batch    up to 100 events, sent in one request
-    mark     how much of a log is done, and which log that was
+    mark     how much of a log is done, and a checksum to tell whether it was replaced
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
     Stop     the exception that ends a run early, with a reason
 
@@ -155,7 +156,8 @@ URL_PATTERN = (
     r"(:[0-9]+)?(/[!-~]*)?"
 )
 
-# Records. To type checkers, all of their fields are Any; hence some bool() and str().
+# Tuples with names. Type checkers know no types of their fields: hence the bool() or
+# str() around some of them.
 
 # mode: "community", "anonymous" or "off". reason: in words, what decided that.
 Consent = namedtuple("Consent", "mode reason")
@@ -167,9 +169,9 @@ Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
 # A line of a log. begin, end: the offsets of its first byte and of the byte after it.
 # mode: what it may be sent as. event: the JSON object that it holds, or None.
 Line = namedtuple("Line", "log begin end mode event is_blank")
-# lines: up to 100 Lines with events, all of one mode. body: what is posted, b"" without
-# lines. ends: for each Log, the offset after the batch. passed_over: how many lines
-# hold no event, blank ones aside.
+# lines: up to 100 Lines with events, all of one mode. body: what is posted; empty if
+# there are no lines. ends: for each Log, the offset after the batch. passed_over: how
+# many lines hold no event, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
 # "refused" for a refused body. words: what happened.
@@ -258,7 +260,8 @@ def read_environment() -> "Dict[str, str]":
     """Return the variables that can lower the mode, "" for one that is not set.
 
     SM_TEL names a mode. Each of the others switches telemetry off, unless it is empty,
-    "0" or "false". No other variable is read by name, except HOME.
+    "0" or "false". This file reads no other variable but HOME. (urllib and OpenSSL read
+    those for proxies and certificates.)
     """
     nonessential = os.environ.get("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "")
     return {
@@ -307,12 +310,15 @@ def read_token(directory: str) -> str:
     return token if all("!" <= char <= "~" for char in token) else ""
 
 
-def explain_login(directory: str) -> str:
-    """Say whether there is a token, and if not, why."""
-    problem = find_problem(os.path.join(directory, "credentials"))
-    if problem or read_token(directory):
-        return problem or "a token in credentials"
-    return "no accessToken in credentials that can be sent"
+def find_login_problem(directory: str) -> str:
+    """Say why there is no token to send; "" if there is one."""
+    if read_token(directory):
+        return ""
+    path = os.path.join(directory, "credentials")
+    if not os.path.exists(path):
+        return "there is no file credentials"
+    unfit = "credentials holds no accessToken, or one with characters that do not fit"
+    return find_problem(path) or unfit
 
 
 def read_device_id(directory: str, mode: str) -> str:
@@ -340,8 +346,9 @@ def parse_endpoint(base_url: "Any") -> "SplitResult":
     if "@" in shown:
         shown = '"...@' + shown.rpartition("@")[2]
     raise Stop(
-        f"the base URL {shown[:200]} is refused: it must be https, or http to this "
-        "machine, in ASCII without blanks, user, query and fragment, with a valid port"
+        f"the base URL {shown[:200]} is refused (baseUrl in config, or --base-url): "
+        "it must begin with https://, or http:// and this machine; a port must be "
+        'valid; blanks, "@", "?", "#" and characters other than ASCII are not allowed'
     )
 
 
@@ -460,7 +467,8 @@ class State:
                     get_count(mark, "fingerprint"),
                 )
             else:
-                # An older script wrote the record, or there is none yet.
+                # An older script wrote the record, or there is none yet, or no run has
+                # found this log so far.
                 self.marks[name] = Mark(self.completed[name], 0, None)
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
@@ -543,8 +551,8 @@ def stop_on_error(path: str) -> "Iterator[None]":
 def lock_file(file: "BinaryIO") -> None:
     """Lock a file until it is closed; raise Stop if another process holds its lock.
 
-    Some network drives have no locks. Go on without one there; but on Windows, that
-    looks like a lock that is held, and is taken for one.
+    Some network drives have no locks. There, go on without a lock. On Windows, the two
+    cases cannot be told apart, so raise Stop in both.
     """
     try:
         if sys.platform == "win32":
@@ -617,7 +625,7 @@ class Log:
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
         if self.fits(mark):
-            # The log may have become shorter, but not shorter than its fingerprint.
+            # The log may have lost its end, though its beginning is the same.
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
         else:
@@ -627,8 +635,8 @@ class Log:
             self.offset = 0
             self.anonymous_until = self.size
         if mode == "anonymous":
-            # What this run finds pending stays anonymous, even if the user agrees to
-            # community mode before it has arrived.
+            # What is pending now stays anonymous, even if this run cannot send it and
+            # the user agrees to community mode before the next one.
             self.anonymous_until = self.size
 
     def fits(self, mark: Mark) -> bool:
@@ -689,9 +697,11 @@ class Log:
             data = self.read_line(self.size - begin)
             end = begin + len(data)
             text = decode(data, errors="replace")
-            is_too_long = len(data) > MAX_LINE_BYTES and not data.endswith(b"\n")
+            has_newline = data.endswith(b"\n")
+            is_too_long = len(data) > MAX_LINE_BYTES and not has_newline
             event = None if is_too_long else parse_object(text)
-            if event is None and not data.endswith(b"\n"):
+            if event is None and not has_newline:
+                # A piece of a line that is too long, or an unfinished last line.
                 rest = self.skip_rest(end)
                 if rest is None:
                     return
@@ -768,7 +778,7 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
-def next_batch(
+def read_batch(
     starts: "Dict[Log, int]", max_events: int, device_id: str
 ) -> "Optional[Batch]":
     """Return the next events of one mode; None if nothing follows.
@@ -807,7 +817,7 @@ def pending_batches(logs: "List[Log]", device_id: str) -> "Iterator[Batch]":
     """Yield all that is pending, in the batches that a run would send."""
     starts = get_offsets(logs)
     while True:
-        batch = next_batch(starts, BATCH_EVENTS, device_id)
+        batch = read_batch(starts, BATCH_EVENTS, device_id)
         if batch is None:
             return
         yield batch
@@ -874,16 +884,17 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
 
 
 def apply_proxy(url: "SplitResult") -> "Request":
-    """Return a urllib request for an https URL. Its host is the proxy's, if any.
+    """Return a urllib request for an https URL. If a proxy applies, it is the host.
 
     Proxies are those of the environment and the system, as urllib understands them.
     """
     import urllib.request
 
     request = urllib.request.Request(url.geturl())
-    # As urllib documents it, ProxyHandler has a method https_open() if there is a proxy
-    # for https. That method sends nothing. Unless no_proxy names the server, it puts
-    # the proxy's host, and a header with the proxy's login, into the request.
+    # ProxyHandler has a method https_open() if there is a proxy for https. In spite of
+    # its name it opens nothing: as urllib documents it, it only changes the request. It
+    # sets the host to the proxy, unless no_proxy names the server, and adds a header
+    # with the proxy's login.
     handler = urllib.request.ProxyHandler()
     if hasattr(handler, "https_open"):
         handler.https_open(request)
@@ -934,7 +945,7 @@ class Sender:
     The token goes into a header of these requests and nowhere else: within TLS, or to
     this machine. A redirect is not followed.
 
-    agreement  what held when consent was decided
+    agreement  config as consent was decided on; token and device id as of now
     server     host and port, and the proxy's, for messages
     has_begun  whether a request was begun
     """
@@ -944,8 +955,8 @@ class Sender:
 
         url = run.endpoint()
         self.run = run
-        # With the config that consent was decided on, check_agreement() notices if it
-        # has changed since.
+        # run.config, not config as it is now: if it was edited in between,
+        # check_agreement() must see that.
         self.agreement = run.read_agreement()._replace(config=run.config)
         self.path = url.path
         self.has_begun = False
@@ -1024,8 +1035,9 @@ class Sender:
             # own. Bytes would go out in one sendall(), with one limit for all of them.
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
-            # Perhaps the server has answered before it had read the whole body, and
-            # closed. Then its answer is there already. If not, read_response() fails.
+            # The server may have answered and closed before it had read the whole body.
+            # Then its answer is there already. If there is none, read_response() raises
+            # an OSError, too.
             self.connection.sock.settimeout(0.1)
             response = self.read_response()
             self.connection.close()
@@ -1093,8 +1105,9 @@ def check(run: Run) -> None:
     """
     if run.mode == "off":
         raise Stop("telemetry is off: " + run.reason)
-    if not read_token(run.directory):
-        raise Stop("not logged in: " + explain_login(run.directory))
+    login_problem = find_login_problem(run.directory)
+    if login_problem:
+        raise Stop("not logged in: " + login_problem)
     state = read_state(run.analytics)
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
@@ -1135,7 +1148,7 @@ class Delivery:
 
     def next_batch(self, max_events: int) -> "Optional[Batch]":
         """Return the next batch, None if nothing is pending."""
-        return next_batch(get_offsets(self.logs), max_events, self.device_id)
+        return read_batch(get_offsets(self.logs), max_events, self.device_id)
 
     def send(self, batch: Batch) -> str:
         """Post a batch; if it is accepted, record that. Return the result."""
@@ -1149,8 +1162,8 @@ class Delivery:
         """Record that a batch is done."""
         for log, end in batch.ends.items():
             log.offset = end
-        # To flush takes time. Without it, a power cut makes the next run send all
-        # batches of this one again.
+        # Not flushed, which would take time. After a power cut, the next run sends
+        # again what this run has sent.
         self.state.save(self.logs, "network_error", flush=False)
         if batch.passed_over:
             self.say(PASSED_OVER.format(batch.passed_over))
@@ -1165,7 +1178,9 @@ class Delivery:
         suspects = len(refused.lines)
         # Whether the server has accepted another event during this search.
         has_proof = False
-        while len(refused.lines) > 1 and suspects > 0:
+        while suspects > 0:
+            if len(refused.lines) == 1:
+                return self.leave_out(refused, has_proof)
             batch = self.next_batch(min(suspects, len(refused.lines) // 2))
             if batch is None:
                 # The log has become shorter.
@@ -1179,9 +1194,7 @@ class Delivery:
                 refused = batch
             else:
                 return result
-        if suspects > 0:
-            return self.leave_out(refused, has_proof)
-        # No event was at fault. The server limits the size of a batch.
+        # All were accepted in smaller batches: the server limits the size.
         self.max_events = len(refused.lines) // 2
         return "ok"
 
@@ -1201,6 +1214,7 @@ class Delivery:
         place = f"byte {line.begin} of {line.log.name}.jsonl"
         words = f"the server refuses the event at {place}"
         if result == "ok":
+            # If an earlier search has lowered it, that may have been for this event.
             self.max_events = BATCH_EVENTS
             self.say(words + ", but accepts others; it is left out for good")
         elif result == "refused":
@@ -1210,9 +1224,9 @@ class Delivery:
 
     def send_behind(self, lone: Batch) -> str:
         """Post the event behind a lone one; return the result, "refused" for none."""
-        batch = next_batch(lone.ends, 1, self.device_id)
+        batch = read_batch(lone.ends, 1, self.device_id)
         while batch is not None and not batch.body:
-            batch = next_batch(batch.ends, 1, self.device_id)
+            batch = read_batch(batch.ends, 1, self.device_id)
         return self.send(batch) if batch is not None else "refused"
 
 
@@ -1243,14 +1257,15 @@ def limit_time(run: Run) -> None:
     import _thread  # threading would take 1 ms
     import faulthandler
 
+    # To wait for a lock that nobody releases: some sandboxes refuse time.sleep().
+    never_free = _thread.allocate_lock()
+    never_free.acquire()
+
     def watch() -> None:
         never_free.acquire(timeout=run.max_time)
         run.say("time is up; what is not accepted yet stays pending")
         os._exit(0)
 
-    # Not time.sleep(): some sandboxes refuse it.
-    never_free = _thread.allocate_lock()
-    never_free.acquire()
     _thread.start_new_thread(watch, ())
     # OpenSSL may block while it holds the interpreter's lock, and then no Python thread
     # runs. This timer needs no interpreter. It ends the process with exit code 1.
@@ -1278,7 +1293,7 @@ def sync_in_background(run: Run) -> None:
         command += ["--dir", run.directory, "--base-url", run.base_url]
         command += ["--max-time", str(run.max_time)]
         start_detached(command, run.directory)
-        run.say("started in the background; --status will show the result")
+        run.say("started in the background; --status shows the last result")
     elif sys.platform == "win32":
         # It cannot fork, so the caller waits.
         sync_in_foreground(run)
@@ -1397,9 +1412,10 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
 
 
 def mode_to_assume(run: Run) -> str:
-    """Return the mode in which to open the logs where nothing is sent.
+    """Return the mode in which to open the logs only to count or to skip.
 
-    With off, that is community: then a Log leaves anonymous_until where it was.
+    With off, that is community, for anonymous would mark every line as anonymous.
+    Nothing is sent.
     """
     return "community" if run.mode == "off" else str(run.mode)
 
@@ -1409,23 +1425,27 @@ def show_status(run: Run) -> None:
     state = read_state(run.analytics)
     last = f"{state.result} {state.timestamp}".strip() or "never"
     if state.result == "network_error":
-        last += " (no usable answer; or the run is still on, or ended early)"
+        last += " (not finished: no usable answer, ended early, or still at work)"
     problem = find_problem(state.path)
     if state.is_broken:
-        problem = f"{state.path} holds no record; everything in the logs is pending"
+        problem = f"{state.path} holds no record"
+    if problem:
+        last = f"unknown, {problem}; everything in the logs counts as pending"
     try:
         endpoint = run.endpoint().geturl()
     except Stop as stop:
         endpoint = str(stop)
+    login_problem = find_login_problem(run.directory)
+    login = "no, " + login_problem if login_problem else "a token in credentials"
     with open_logs(run, state, mode_to_assume(run)) as logs:
         pending = describe_pending(run, logs)
     lines = [
         "directory: " + run.directory,
         f"mode:      {run.mode} ({run.reason})",
         "endpoint:  " + endpoint,
-        "login:     " + explain_login(run.directory),
+        "login:     " + login,
         "pending:   " + pending,
-        "last sync: " + (f"unknown, {problem}" if problem else last),
+        "last sync: " + last,
     ]
     show("\n".join(lines), sys.stdout)
 
@@ -1436,18 +1456,22 @@ def print_pending(run: Run) -> None:
     write_line(b"yes")
 
 
-def dry_run(run: Run, preview: "Optional[str]") -> None:
+def dry_run(run: Run, preview: str) -> None:
     """Print the bodies that would be posted; send and change nothing.
 
-    preview is a mode to try, whatever was agreed to, or None for the mode that is set.
+    preview is a mode to try, whatever was agreed to, or "current" for that of the run.
     """
-    mode = preview or run.mode
-    if preview:
-        text = f"a preview of {preview} mode; the mode that is set is {run.mode}"
-        text += f" ({run.reason})"
-    else:
+    mode = preview
+    if preview == "current":
+        if run.mode == "off":
+            hint = "--dry-run anonymous or --dry-run community shows what would be"
+            raise Stop(f"telemetry is off: {run.reason} ({hint})")
         check(run)
+        mode = run.mode
         text = f"{mode} mode, to {run.endpoint().geturl()}"
+    else:
+        text = f"a preview of {mode} mode; the mode that is set is {run.mode}"
+        text += f" ({run.reason})"
     with open_logs(run, read_state(run.analytics), mode) as logs:
         show(f"secondme_sync: {text}: {describe_pending(run, logs)}", sys.stderr)
         for batch in pending_batches(logs, read_device_id(run.directory, mode)):
@@ -1520,12 +1544,10 @@ def build_parser() -> "ArgumentParser":
     )
     parser.set_defaults(action="sync")
     actions = parser.add_mutually_exclusive_group()
-    # preview: "" without --dry-run, None for --dry-run without MODE, or the MODE. (The
-    # other way round is not possible: argparse takes no const but None or a choice.)
-    modes = ("anonymous", "community")
     text = "print what would be sent, or what MODE would send; send nothing"
+    modes = ("current", "anonymous", "community")
     actions.add_argument(
-        "--dry-run", dest="preview", nargs="?", const=None, default="", choices=modes,
+        "--dry-run", dest="preview", nargs="?", const="current", choices=modes,
         metavar="MODE", help=text,
     )
     for name, text in ACTIONS.items():
@@ -1554,14 +1576,14 @@ def parse_args(argv: "List[str]") -> Options:
     if argv in ([], ["--background"]):
         # Skills call these most. To import argparse would take 5 ms.
         action = "background" if argv else "sync"
-        return Options(action, "", None, BASE_URL, RUN_SECONDS, False)
+        return Options(action, None, None, BASE_URL, RUN_SECONDS, False)
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.directory == "":
         parser.error("--dir must name a directory")
     if not 0 < options.max_time <= MAX_RUN_SECONDS:
         parser.error("--max-time must be above 0, and a day at most")
-    if options.preview != "":
+    if options.preview:
         options.action = "dry-run"
     return Options(**vars(options))
 

@@ -4817,6 +4817,14 @@ def test_dry_run_says_why_it_prints_nothing(home, change, reason):
     assert reason in result.err.decode("utf-8")
 
 
+def test_dry_run_names_the_preview_where_telemetry_is_off(home):
+    home.configure(telemetry="off")
+
+    result = home.main("--dry-run")
+
+    assert b"(--dry-run anonymous or --dry-run community shows what would be)" in result.err
+
+
 def test_dry_run_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
@@ -4925,7 +4933,7 @@ def remove_state_directory(home):
     shutil.rmtree(str(home.dir))
 
 
-NO_TOKEN = "no accessToken in credentials that can be sent"
+UNFIT_TOKEN = "credentials holds no accessToken, or one with characters that do not fit"
 
 
 @pytest.mark.parametrize("change, environ, shown", [
@@ -4970,10 +4978,10 @@ NO_TOKEN = "no accessToken in credentials that can be sent"
         {"mode": 'off (CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC is "1")'}, id="nonessential"),
     pytest.param(
         Home.log_out, {},
-        {"login": NO_TOKEN}, id="not logged in"),
+        {"login": "no, there is no file credentials"}, id="not logged in"),
     pytest.param(
         lambda home: home.write("credentials", {"accessToken": "two words"}), {},
-        {"login": NO_TOKEN}, id="unusable token"),
+        {"login": "no, " + UNFIT_TOKEN}, id="unfit token"),
     pytest.param(
         lambda home: home.configure(baseUrl=None), {},
         {"endpoint": secondme_sync.BASE_URL + secondme_sync.EVENTS_PATH}, id="no baseUrl"),
@@ -4987,7 +4995,7 @@ NO_TOKEN = "no accessToken in credentials that can be sent"
     pytest.param(
         remove_state_directory, {},
         {"mode": "off (config is missing or empty)",
-         "login": NO_TOKEN,
+         "login": "no, there is no file credentials",
          "pending": counted(usage=0),
          "last sync": "never"}, id="no directory"),
 ])
@@ -5012,7 +5020,7 @@ def test_status_shows_how_things_stand(home, change, environ, shown):
 def test_status_shows_a_refused_base_url(home, base_url, shown):
     home.configure(baseUrl=base_url)
 
-    assert status(home)["endpoint"].startswith("the base URL %s is refused: " % shown)
+    assert status(home)["endpoint"].startswith("the base URL %s is refused (baseUrl in config, or --base-url): " % shown)
 
 
 def test_status_counts_what_goes_as_anonymous(home):
@@ -5051,7 +5059,7 @@ def test_user_and_password_are_never_shown(home, base_url):
 def test_long_refused_base_url_is_cut(home):
     home.configure(baseUrl="ftp://" + "x" * 10000)
 
-    assert len(status(home)["endpoint"]) < 400
+    assert len(status(home)["endpoint"]) < 500
 
 
 def test_token_is_never_shown(home):
@@ -5062,13 +5070,14 @@ def test_token_is_never_shown(home):
         assert TOKEN.encode() not in result.out + result.err
 
 
+ALL_IS_PENDING = "; everything in the logs counts as pending"
 NOT_REGULAR = "%s cannot be read (not a regular file)"
 
 
 @pytest.mark.parametrize("name, label, shown", [
     # file, which line of --status tells, how it begins
     ("config", "mode", "off (" + NOT_REGULAR),
-    ("credentials", "login", NOT_REGULAR),
+    ("credentials", "login", "no, " + NOT_REGULAR),
 ])
 def test_status_names_a_small_file_that_cannot_be_read(home, name, label, shown):
     path = home.path_of(name)
@@ -5085,7 +5094,7 @@ def test_status_says_that_the_state_holds_no_record(home):
 
     shown = status(home)["last sync"]
 
-    assert shown == "unknown, %s holds no record; everything in the logs is pending" % home.state
+    assert shown == "unknown, %s holds no record" % home.state + ALL_IS_PENDING
 
 
 def test_blank_state_is_that_of_no_sync(home):
@@ -5103,7 +5112,7 @@ def test_status_names_files_that_cannot_be_read(home):
     shown = status(home)
 
     assert shown["pending"] == NOT_REGULAR % home.path_of("usage.jsonl") + ", 1 feedback events"
-    assert shown["last sync"] == "unknown, " + NOT_REGULAR % home.state
+    assert shown["last sync"] == "unknown, " + NOT_REGULAR % home.state + ALL_IS_PENDING
 
 
 # Takes away root's rights. What the script imports must be loaded before, for the folders of
@@ -5139,7 +5148,7 @@ def test_status_names_what_is_closed_to_the_user(open_home, closed):
     assert result.err == b""
     assert "usage.jsonl cannot be read (%s)" % denied in text
     assert "feedback.jsonl cannot be read (%s)" % denied in text
-    assert "last sync: unknown, %s cannot be read (%s)\n" % (home.state, denied) in text
+    assert "last sync: unknown, %s cannot be read (%s)" % (home.state, denied) in text
 
 
 @pytest.mark.parametrize("encoding, shown", [
@@ -5445,7 +5454,7 @@ def test_verbose_says_that_a_run_is_started_in_the_background(home):
         result = home.run("--background", "-v")
         until(lambda: home.result == "ok")
 
-    assert result.err == b"secondme_sync: started in the background; --status will show the result\n"
+    assert result.err == b"secondme_sync: started in the background; --status shows the last result\n"
     assert backend.sessions == ["s-0"]
 
 
@@ -5476,13 +5485,14 @@ def test_verbose_prints_to_stderr(home, flag):
     pytest.param(lambda home: home.configure(telemetry="off"),
                  'telemetry is off: config says "off"', id="off"),
     pytest.param(Home.log_out,
-                 "not logged in: " + NO_TOKEN, id="not logged in"),
+                 "not logged in: there is no file credentials", id="not logged in"),
     pytest.param(lambda home: home.rewrite("usage"),
                  "nothing is pending", id="nothing pending"),
     pytest.param(lambda home: home.configure(baseUrl="http://example.test"),
-                 'the base URL "http://example.test" is refused: it must be https, or http to '
-                 'this machine, in ASCII without blanks, user, query and fragment, with a valid port',
-                 id="refused baseUrl"),
+                 'the base URL "http://example.test" is refused (baseUrl in config, or '
+                 '--base-url): it must begin with https://, or http:// and this machine; a port '
+                 'must be valid; blanks, "@", "?", "#" and characters other than ASCII are not '
+                 'allowed', id="refused baseUrl"),
     pytest.param(lambda home: None,
                  "network_error at 127.0.0.1:9: no answer (ConnectionRefusedError)",
                  id="nothing listens"),
