@@ -2743,6 +2743,7 @@ PADDED = b'{"code": 0}'.ljust(secondme_sync.MAX_SMALL_BYTES)
     (200, {"code": []}, "server_error"),
     (200, {}, "server_error"),
     (200, {"data": {"code": 0}}, "server_error"),
+    (199, b"", "server_error"),
     (300, {"code": 0}, "server_error"),
     (302, {"code": 0}, "server_error"),
     (304, b"", "server_error"),
@@ -3422,6 +3423,18 @@ def test_batches_have_100_events_again_behind_a_left_out_event(home):
 
     # s-0 stands alone, s-1 is the proof, and the rest goes as usual.
     assert backend.sizes == [100, 50, 25, 12, 6, 3, 1, 1, 100, 100, 48]
+
+
+def test_event_left_out_ends_small_batches(home):
+    """The first refusal looks like a limit on the size; s-120 may have been behind it."""
+    home.fill(250)
+
+    with home.backend(answer(413), default=answers.refuse_events(["s-120"])) as backend:
+        home.sync()
+
+    assert backend.sizes[:4] == [100, 50, 50, 50]
+    assert backend.sizes[-2:] == [100, 29]
+    home.assert_done()
 
 
 def refuse_more_events_than(limit):
