@@ -29,7 +29,8 @@ Writes analytics/.sync-offsets and nothing else.
 Sends to https://app.mindos.com/gate/lab/api/secondme/telemetry/events/batch, unless
 config or --base-url names another server: by https, or by http to this machine. The
 fields of an event that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS
-below. What counts is the mode at the time of sending, not that of logging. Anonymous
+below. What counts is the mode at the time of sending, not that of logging, with one
+exception: what a run in anonymous mode has found pending stays anonymous. Anonymous
 means fewer fields and no device id. The token goes along all the same, so the server
 can tell whose events they are.
 
@@ -54,8 +55,8 @@ import sys
 
 if __name__ == "__main__":
     # Piped into "python3 -", a script imports modules from the working directory, which
-    # sys.path calls "". That folder may be anybody's. (os and sys are loaded already.
-    # The full guard is python3 -I.)
+    # sys.path calls "". That folder may be anybody's. os and sys may come before this,
+    # for Python has loaded them already. (python3 -I guards against PYTHONPATH, too.)
     sys.path = [path for path in sys.path if path]
 
     # Ctrl-C ends the program at once and without a traceback, unless the caller ignores
@@ -106,6 +107,9 @@ FINGERPRINT_BYTES = 256
 # One disk sector.
 RECORD_BYTES = 512
 
+# What .sync-offsets says of a run from the first record of the run to the last.
+UNFINISHED = "network_error"
+
 RUN_SECONDS = 30  # see --max-time
 MAX_RUN_SECONDS = 24 * 60 * 60
 CONNECT_SECONDS = 3  # for each address
@@ -128,8 +132,7 @@ COMMUNITY_FIELDS = {
     + ("session", "user_intent", "actions_summary", "error_summary", "comment"),
 }
 FIELDS = {"anonymous": ANONYMOUS_FIELDS, "community": COMMUNITY_FIELDS}
-# Sent in place of a field that is missing. Other missing fields are left out, and so is
-# every field that is null.
+# Sent for a field that is absent. A field that is null is never sent.
 DEFAULTS = {
     "skill": "secondme", "ts": "",
     "phases_used": [], "references_loaded": [], "issues": [],
@@ -156,8 +159,7 @@ URL_PATTERN = (
     r"(:[0-9]+)?(/[!-~]*)?"
 )
 
-# Tuples with names. Type checkers know no types of their fields: hence the bool() or
-# str() around some of them.
+# Tuples with names.
 
 # mode: "community", "anonymous" or "off". reason: in words, what decided that.
 Consent = namedtuple("Consent", "mode reason")
@@ -297,7 +299,8 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
             return Consent("off", f"{name} is {json.dumps(value)}")
     limit = environment.get("SM_TEL", "")
     if limit not in ("", "anonymous", "community"):
-        return Consent("off", f"SM_TEL is {json.dumps(limit)}")
+        words = "" if limit == "off" else ", which is no mode"
+        return Consent("off", f"SM_TEL is {json.dumps(limit)}{words}")
     if limit == "anonymous" and mode == "community":
         return Consent("anonymous", 'SM_TEL is "anonymous"')
     return Consent(mode, reason)
@@ -316,9 +319,9 @@ def find_login_problem(directory: str) -> str:
         return ""
     path = os.path.join(directory, "credentials")
     if not os.path.exists(path):
-        return "there is no file credentials"
-    unfit = "credentials holds no accessToken, or one with characters that do not fit"
-    return find_problem(path) or unfit
+        return path + " does not exist"
+    unfit = "holds no accessToken, or one with blanks or characters beyond ASCII"
+    return find_problem(path) or f"{path} {unfit}"
 
 
 def read_device_id(directory: str, mode: str) -> str:
@@ -347,8 +350,9 @@ def parse_endpoint(base_url: "Any") -> "SplitResult":
         shown = '"...@' + shown.rpartition("@")[2]
     raise Stop(
         f"the base URL {shown[:200]} is refused (baseUrl in config, or --base-url): "
-        "it must begin with https://, or http:// and this machine; a port must be "
-        'valid; blanks, "@", "?", "#" and characters other than ASCII are not allowed'
+        "it must be https://HOST, or http:// with localhost, 127.x.x.x or [::1]; a "
+        'port must be valid; a user, blanks, "?", "#" and characters beyond ASCII must '
+        "not be"
     )
 
 
@@ -390,8 +394,8 @@ class Run:
     def has_time(self, delay: float = 0) -> bool:
         """Tell whether another request may begin after a delay.
 
-        A request that is cut short by the end of the run may arrive twice. So none
-        begins in the last third of a run.
+        If the end of a run cuts a request short, the next run sends it again. So none
+        begins in the last third of a run (10 s by default, like IDLE_SECONDS).
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -441,15 +445,15 @@ class State:
 
     The record is overwritten in place, by one write. In practice, a disk writes a
     sector whole or not at all, and a kill does not split so small a write. So a kill or
-    a power cut leaves the old record or the new one, and no other file.
+    a power cut leaves the old record or the new one. There are no temporary files.
     """
 
     def __init__(self, file: "BinaryIO", path: str) -> None:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # First try our 512 bytes alone: what follows may be left over from a longer
-        # file. If that fails, the whole file may be another program's record.
+        # Our record is the first 512 bytes. Behind it may stand the rest of another
+        # program's longer one. If the 512 bytes are no JSON, that is the record.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         self.is_broken = bool(data.strip() and not saved)
@@ -479,6 +483,7 @@ class State:
         """
         for log in logs:
             self.marks[log.name] = log.mark()
+            # (Only recorded at the end, when everything is done.)
             if result in ("ok", "skipped"):
                 self.completed[log.name] = log.offset
         record = {name + "_bytes": self.completed[name] for name in LOGS}  # type: Any
@@ -495,7 +500,7 @@ class State:
         if flush:
             # The logs come first. Otherwise a power cut could lose the last lines of a
             # log and keep our offset. The next lines would land before that offset and
-            # never be sent.
+            # never be sent. (The first save of a run covers all that the run reads.)
             for log in logs:
                 log.flush()
         with stop_on_error(self.path):
@@ -635,16 +640,16 @@ class Log:
             self.offset = 0
             self.anonymous_until = self.size
         if mode == "anonymous":
-            # What is pending now stays anonymous, even if this run cannot send it and
-            # the user agrees to community mode before the next one.
+            # Once this is saved, what is pending now stays anonymous, even if this run
+            # cannot send it and the user agrees to community mode before the next.
             self.anonymous_until = self.size
 
     def fits(self, mark: Mark) -> bool:
         """Tell whether this is the log that a mark was saved for."""
         if mark.fingerprint is None:
-            return bool(mark.offset <= self.size)
+            return bool(mark.offset <= self.size)  # for mypy
         fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
-        return bool(fingerprint == mark.fingerprint)
+        return bool(fingerprint == mark.fingerprint)  # for mypy
 
     def fingerprint(self, offset: int, anonymous_until: int) -> int:
         """Return a checksum of what lies in the head before the two offsets.
@@ -835,7 +840,7 @@ def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
     if status == 401:
         return Outcome("auth_failed", "the token is not accepted")
     if status in (400, 413, 422):
-        return Outcome("refused", "the server refuses this batch")
+        return Outcome("refused", "the server refuses something in it")
     if 300 <= status < 400:
         return Outcome("server_error", "a redirect, which is not followed")
     if not 200 <= status < 300:
@@ -863,7 +868,7 @@ def retry_delay(response: Response, now: float) -> "Optional[float]":
     # For bad dates, the parser raises errors of many kinds, even UnboundLocalError.
     with suppress(Exception):
         date = email.utils.parsedate_tz(text)
-        delay = email.utils.mktime_tz(date) - now if date else int(text)
+        delay = (email.utils.mktime_tz(date) - now) if date else int(text)
     return min(max(delay, 0), MAX_DELAY_SECONDS)
 
 
@@ -891,10 +896,9 @@ def apply_proxy(url: "SplitResult") -> "Request":
     import urllib.request
 
     request = urllib.request.Request(url.geturl())
-    # ProxyHandler has a method https_open() if there is a proxy for https. In spite of
-    # its name it opens nothing: as urllib documents it, it only changes the request. It
-    # sets the host to the proxy, unless no_proxy names the server, and adds a header
-    # with the proxy's login.
+    # ProxyHandler has a method https_open() if there is a proxy for https. It opens
+    # nothing, in spite of its name. Unless no_proxy names the server, it only calls
+    # request.set_proxy(), and adds a header with the proxy's login.
     handler = urllib.request.ProxyHandler()
     if hasattr(handler, "https_open"):
         handler.https_open(request)
@@ -945,7 +949,8 @@ class Sender:
     The token goes into a header of these requests and nowhere else: within TLS, or to
     this machine. A redirect is not followed.
 
-    agreement  config as consent was decided on; token and device id as of now
+    agreement  config as consent was decided on; token and device id as they were when
+               this object was made
     server     host and port, and the proxy's, for messages
     has_begun  whether a request was begun
     """
@@ -982,7 +987,7 @@ class Sender:
             self.run.say(f"retry in {delay:.0f} s")
             self.run.sleep(delay)
             response = self.request(body)
-        return str(response.outcome.result)
+        return str(response.outcome.result)  # for mypy
 
     def request(self, body: bytes) -> Response:
         """Make a request; raise Stop if no answer comes."""
@@ -1036,8 +1041,8 @@ class Sender:
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
             # The server may have answered and closed before it had read the whole body.
-            # Then its answer is there already. If there is none, read_response() raises
-            # an OSError, too.
+            # Then its answer is there already. If there is none, read_response() fails,
+            # and attempt() or request() deals with that.
             self.connection.sock.settimeout(0.1)
             response = self.read_response()
             self.connection.close()
@@ -1164,38 +1169,39 @@ class Delivery:
             log.offset = end
         # Not flushed, which would take time. After a power cut, the next run sends
         # again what this run has sent.
-        self.state.save(self.logs, "network_error", flush=False)
+        self.state.save(self.logs, UNFINISHED, flush=False)
         if batch.passed_over:
             self.say(PASSED_OVER.format(batch.passed_over))
 
-    def search(self, refused: Batch) -> str:
+    def search(self, batch: Batch) -> str:
         """Search for the event that makes the server refuse a batch; return the result.
 
         Its events, the suspects, are posted in batches of half the size. If one of
         these is refused, its events are the suspects, and so on: until a batch is
         refused that holds a single event, or all suspects are accepted.
         """
-        suspects = len(refused.lines)
-        # Whether the server has accepted another event during this search.
+        if len(batch.lines) == 1:
+            return self.leave_out(batch, has_proof=False)
+        suspects_left = len(batch.lines)
+        max_events = suspects_left // 2
         has_proof = False
-        while suspects > 0:
-            if len(refused.lines) == 1:
-                return self.leave_out(refused, has_proof)
-            batch = self.next_batch(min(suspects, len(refused.lines) // 2))
-            if batch is None:
-                # The log has become shorter.
-                return "ok"
-            result = self.send(batch)
+        while suspects_left > 0:
+            smaller = self.next_batch(min(suspects_left, max_events))
+            if smaller is None:
+                return "ok"  # the log has become shorter
+            result = self.send(smaller)
             if result == "ok":
-                suspects -= len(batch.lines)
-                has_proof = has_proof or bool(batch.lines)
-            elif result == "refused":
-                suspects = len(batch.lines)
-                refused = batch
-            else:
+                suspects_left -= len(smaller.lines)
+                has_proof = has_proof or bool(smaller.lines)
+            elif result != "refused":
                 return result
+            elif len(smaller.lines) == 1:
+                return self.leave_out(smaller, has_proof)
+            else:
+                suspects_left = len(smaller.lines)
+                max_events = suspects_left // 2
         # All were accepted in smaller batches: the server limits the size.
-        self.max_events = len(refused.lines) // 2
+        self.max_events = max_events
         return "ok"
 
     def leave_out(self, lone: Batch, has_proof: bool) -> str:
@@ -1214,8 +1220,6 @@ class Delivery:
         place = f"byte {line.begin} of {line.log.name}.jsonl"
         words = f"the server refuses the event at {place}"
         if result == "ok":
-            # If an earlier search has lowered it, that may have been for this event.
-            self.max_events = BATCH_EVENTS
             self.say(words + ", but accepts others; it is left out for good")
         elif result == "refused":
             result = "server_error"
@@ -1223,7 +1227,10 @@ class Delivery:
         return result
 
     def send_behind(self, lone: Batch) -> str:
-        """Post the event behind a lone one; return the result, "refused" for none."""
+        """Post the event behind a lone one; return the result, "refused" for none.
+
+        If it is accepted, both are done, so the lone one is left out.
+        """
         batch = read_batch(lone.ends, 1, self.device_id)
         while batch is not None and not batch.body:
             batch = read_batch(batch.ends, 1, self.device_id)
@@ -1240,7 +1247,7 @@ def sync(run: Run) -> None:
     with lock_state(run.analytics) as state, open_logs(run, state, run.mode) as logs:
         # Recorded in advance: a run that cannot record must not send, and this is the
         # result that stands if the run is cut short.
-        result = "network_error"
+        result = UNFINISHED
         state.save(logs, result, flush=True)
         try:
             with closing(Sender(run)) as sender:
@@ -1406,7 +1413,7 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         for name in LOGS
     ]
     if as_anonymous:
-        parts.append(f"{as_anonymous} of them marked as anonymous")
+        parts.append(f"{as_anonymous} of them stay anonymous, whatever the mode")
     text = ", ".join(parts)
     return f"{text}; {PASSED_OVER.format(passed_over)}" if passed_over else text
 
@@ -1414,8 +1421,8 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
 def mode_to_assume(run: Run) -> str:
     """Return the mode in which to open the logs only to count or to skip.
 
-    With off, that is community, for anonymous would mark every line as anonymous.
-    Nothing is sent.
+    With off, that is community: to open them as anonymous would make --skip-pending
+    record all lines as anonymous. Nothing is sent.
     """
     return "community" if run.mode == "off" else str(run.mode)
 
@@ -1424,7 +1431,7 @@ def show_status(run: Run) -> None:
     """Print how things stand: facts, and no prediction of what a sync would do."""
     state = read_state(run.analytics)
     last = f"{state.result} {state.timestamp}".strip() or "never"
-    if state.result == "network_error":
+    if state.result == UNFINISHED:
         last += " (not finished: no usable answer, ended early, or still at work)"
     problem = find_problem(state.path)
     if state.is_broken:
@@ -1464,7 +1471,7 @@ def dry_run(run: Run, preview: str) -> None:
     mode = preview
     if preview == "current":
         if run.mode == "off":
-            hint = "--dry-run anonymous or --dry-run community shows what would be"
+            hint = "--dry-run anonymous or --dry-run community shows what would be sent"
             raise Stop(f"telemetry is off: {run.reason} ({hint})")
         check(run)
         mode = run.mode
@@ -1483,7 +1490,7 @@ def skip_pending(run: Run) -> None:
     """Mark what is logged so far as never to be sent, in any mode.
 
     But if the first 256 bytes of a log change later, all of it is pending again, and
-    sent as anonymous.
+    sent as anonymous. If .sync-offsets is lost, all is pending in the mode that is set.
     """
     if not os.path.isdir(run.directory):
         raise Stop(f"there is no directory {run.directory} yet")
@@ -1576,7 +1583,10 @@ def parse_args(argv: "List[str]") -> Options:
     if argv in ([], ["--background"]):
         # Skills call these most. To import argparse would take 5 ms.
         action = "background" if argv else "sync"
-        return Options(action, None, None, BASE_URL, RUN_SECONDS, False)
+        return Options(
+            action, preview=None, directory=None, base_url=BASE_URL,
+            max_time=RUN_SECONDS, verbose=False,
+        )
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.directory == "":

@@ -3425,18 +3425,6 @@ def test_batches_have_100_events_again_behind_a_left_out_event(home):
     assert backend.sizes == [100, 50, 25, 12, 6, 3, 1, 1, 100, 100, 48]
 
 
-def test_event_left_out_ends_small_batches(home):
-    """The first refusal looks like a limit on the size; s-120 may have been behind it."""
-    home.fill(250)
-
-    with home.backend(answer(413), default=answers.refuse_events(["s-120"])) as backend:
-        home.sync()
-
-    assert backend.sizes[:4] == [100, 50, 50, 50]
-    assert backend.sizes[-2:] == [100, 29]
-    home.assert_done()
-
-
 def refuse_more_events_than(limit):
     def reply(handler):
         handler.close_connection = False
@@ -4835,14 +4823,14 @@ def test_dry_run_names_the_preview_where_telemetry_is_off(home):
 
     result = home.main("--dry-run")
 
-    assert b"(--dry-run anonymous or --dry-run community shows what would be)" in result.err
+    assert b"(--dry-run anonymous or --dry-run community shows what would be sent)" in result.err
 
 
 def test_dry_run_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
     assert home.main("--dry-run").err.decode("utf-8").endswith(
-        ": " + counted(usage=5, feedback=2) + ", 3 of them marked as anonymous\n")
+        ": " + counted(usage=5, feedback=2) + ", 3 of them stay anonymous, whatever the mode\n")
 
 
 def show_on_terminal(home, *flags, **env):
@@ -4946,7 +4934,7 @@ def remove_state_directory(home):
     shutil.rmtree(str(home.dir))
 
 
-UNFIT_TOKEN = "credentials holds no accessToken, or one with characters that do not fit"
+UNFIT_TOKEN = "CREDENTIALS holds no accessToken, or one with blanks or characters beyond ASCII"
 
 
 @pytest.mark.parametrize("change, environ, shown", [
@@ -4975,7 +4963,7 @@ UNFIT_TOKEN = "credentials holds no accessToken, or one with characters that do 
         {"mode": "off (config is not a valid JSON object)"}, id="broken config"),
     pytest.param(
         None, {"SM_TEL": "on"},
-        {"mode": 'off (SM_TEL is "on")'}, id="SM_TEL unknown"),
+        {"mode": 'off (SM_TEL is "on", which is no mode)'}, id="SM_TEL unknown"),
     pytest.param(
         None, {"SM_TEL": "anonymous"},
         {"mode": 'anonymous (SM_TEL is "anonymous")',
@@ -4991,7 +4979,7 @@ UNFIT_TOKEN = "credentials holds no accessToken, or one with characters that do 
         {"mode": 'off (CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC is "1")'}, id="nonessential"),
     pytest.param(
         Home.log_out, {},
-        {"login": "no, there is no file credentials"}, id="not logged in"),
+        {"login": "no, CREDENTIALS does not exist"}, id="not logged in"),
     pytest.param(
         lambda home: home.write("credentials", {"accessToken": "two words"}), {},
         {"login": "no, " + UNFIT_TOKEN}, id="unfit token"),
@@ -5008,7 +4996,7 @@ UNFIT_TOKEN = "credentials holds no accessToken, or one with characters that do 
     pytest.param(
         remove_state_directory, {},
         {"mode": "off (config is missing or empty)",
-         "login": "no, there is no file credentials",
+         "login": "no, CREDENTIALS does not exist",
          "pending": counted(usage=0),
          "last sync": "never"}, id="no directory"),
 ])
@@ -5018,6 +5006,8 @@ def test_status_shows_how_things_stand(home, change, environ, shown):
         change(home)
 
     found = status(home, **environ)
+    path = str(home.path_of("credentials"))
+    found["login"] = found["login"].replace(path, "CREDENTIALS")
 
     assert {label: found[label] for label in shown} == shown
 
@@ -5039,7 +5029,7 @@ def test_status_shows_a_refused_base_url(home, base_url, shown):
 def test_status_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
-    assert status(home)["pending"] == counted(usage=5, feedback=2) + ", 3 of them marked as anonymous"
+    assert status(home)["pending"] == counted(usage=5, feedback=2) + ", 3 of them stay anonymous, whatever the mode"
 
 
 @pytest.mark.parametrize("reply, result", [(OK, "ok"), (answer(401), "auth_failed")])
@@ -5067,6 +5057,12 @@ def test_user_and_password_are_never_shown(home, base_url):
         assert "word" not in text
         assert "me:" not in text
         assert "wo@" not in text
+
+
+def test_refused_server_is_shown_without_its_user(home):
+    home.configure(baseUrl="https://me:word@example.test/path")
+
+    assert status(home)["endpoint"].startswith('the base URL "...@example.test/path" is refused')
 
 
 def test_long_refused_base_url_is_cut(home):
@@ -5431,9 +5427,9 @@ def test_verbose_says_which_event_is_left_out(home):
 
     begin = len(line(usage(0)))
     assert read_messages(backend) == [
-        "N bytes to SERVER: HTTP 422, the server refuses this batch (refused)",
+        "N bytes to SERVER: HTTP 422, the server refuses something in it (refused)",
         "N bytes to SERVER: HTTP 200, code 0 (ok)",
-        "N bytes to SERVER: HTTP 422, the server refuses this batch (refused)",
+        "N bytes to SERVER: HTTP 422, the server refuses something in it (refused)",
         "the server refuses the event at byte %d of usage.jsonl, "
         "but accepts others; it is left out for good" % begin]
 
@@ -5444,9 +5440,16 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
     backend = home.deliver(answer(413))
 
     assert read_messages(backend) == [
-        "N bytes to SERVER: HTTP 413, the server refuses this batch (refused)",
+        "N bytes to SERVER: HTTP 413, the server refuses something in it (refused)",
         "the server refuses the event at byte 0 of usage.jsonl; "
         "it stays pending, and all behind it"]
+
+
+def test_run_without_a_readable_log_says_so(home):
+    home.fill(1)
+    replace_usage_log_by_folder(home)
+
+    assert home.sync() == [NOT_REGULAR % home.path_of("usage.jsonl")]
 
 
 def test_verbose_names_a_log_that_cannot_be_read_beside_one_that_is_sent(home):
@@ -5498,14 +5501,14 @@ def test_verbose_prints_to_stderr(home, flag):
     pytest.param(lambda home: home.configure(telemetry="off"),
                  'telemetry is off: config says "off"', id="off"),
     pytest.param(Home.log_out,
-                 "not logged in: there is no file credentials", id="not logged in"),
+                 "not logged in: CREDENTIALS does not exist", id="not logged in"),
     pytest.param(lambda home: home.rewrite("usage"),
                  "nothing is pending", id="nothing pending"),
     pytest.param(lambda home: home.configure(baseUrl="http://example.test"),
                  'the base URL "http://example.test" is refused (baseUrl in config, or '
-                 '--base-url): it must begin with https://, or http:// and this machine; a port '
-                 'must be valid; blanks, "@", "?", "#" and characters other than ASCII are not '
-                 'allowed', id="refused baseUrl"),
+                 '--base-url): it must be https://HOST, or http:// with localhost, 127.x.x.x or '
+                 '[::1]; a port must be valid; a user, blanks, "?", "#" and characters beyond '
+                 'ASCII must not be', id="refused baseUrl"),
     pytest.param(lambda home: None,
                  "network_error at 127.0.0.1:9: no answer (ConnectionRefusedError)",
                  id="nothing listens"),
@@ -5516,6 +5519,7 @@ def test_verbose_says_why_a_run_stops(home, change, reason):
 
     result = home.run("-v")
 
+    reason = reason.replace("CREDENTIALS", str(home.path_of("credentials")))
     assert result == Result(0, b"", ("secondme_sync: stopped: " + reason + "\n").encode())
 
 
