@@ -26,13 +26,15 @@ Reads, all in ~/.secondme:
     analytics/.sync-offsets    how much of each log is done
 Writes analytics/.sync-offsets and nothing else.
 
-Sends to https://app.mindos.com/gate/lab/api/secondme/telemetry/events/batch, unless
-config or --base-url names another server: by https, or by http to this machine. The
-fields of an event that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS
-below. What counts is the mode at the time of sending, not that of logging, with one
-exception: what a run in anonymous mode has found pending stays anonymous. Anonymous
-means fewer fields and no device id. The token goes along all the same, so the server
-can tell whose events they are.
+Sends to https://app.mindos.com/gate/lab/api/secondme/telemetry/events/batch, or to the
+server that config or --base-url names, by https, or by http to this machine. The fields
+of an event that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS below.
+Anonymous means fewer fields and no device id. The token goes along all the same, so the
+server can tell whose events they are.
+
+Events go in the mode that is set when they are sent. Two kinds only ever go as
+anonymous: what was pending when a run in anonymous mode began, and what is in a log
+that was replaced.
 
 Environment: some variables can lower the mode or switch telemetry off; see
 read_environment.
@@ -107,7 +109,8 @@ FINGERPRINT_BYTES = 256
 # One disk sector.
 RECORD_BYTES = 512
 
-# What .sync-offsets says of a run from the first record of the run to the last.
+# The result that is saved when a run begins. It stands if the run is cut short. (The
+# contract has no other word for that.)
 UNFINISHED = "network_error"
 
 RUN_SECONDS = 30  # see --max-time
@@ -115,7 +118,8 @@ MAX_RUN_SECONDS = 24 * 60 * 60
 CONNECT_SECONDS = 3  # for each address
 IDLE_SECONDS = 10  # without progress
 MAX_DELAY_SECONDS = 10  # before a retry
-# Before the one retry, by status. After 429, a valid Retry-After is used instead.
+# Seconds to wait before the one retry, by status. After 429, a valid Retry-After is
+# used instead.
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}
 
 # The fields of an event that are sent, by log. All others stay at home. The fields of
@@ -176,7 +180,8 @@ Line = namedtuple("Line", "log begin end mode event is_blank")
 # many lines hold no event, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
-# "refused" for a refused body. words: what happened.
+# "refused" for a refused body. (--skip-pending records "skipped".) words: what
+# happened.
 Outcome = namedtuple("Outcome", "result words")
 # retry_after: the header, or None.
 Response = namedtuple("Response", "status retry_after outcome")
@@ -452,8 +457,8 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # Our record is the first 512 bytes. Behind it may stand the rest of another
-        # program's longer one. If the 512 bytes are no JSON, that is the record.
+        # Our record is the first 512 bytes, perhaps with the rest of a longer file
+        # behind it. If they are no JSON, another program wrote the file: parse it all.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         self.is_broken = bool(data.strip() and not saved)
@@ -471,8 +476,8 @@ class State:
                     get_count(mark, "fingerprint"),
                 )
             else:
-                # An older script wrote the record, or there is none yet, or no run has
-                # found this log so far.
+                # No fingerprint was saved: the record is an older script's, or there is
+                # none yet, or the log was missing whenever it was written.
                 self.marks[name] = Mark(self.completed[name], 0, None)
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
@@ -483,7 +488,7 @@ class State:
         """
         for log in logs:
             self.marks[log.name] = log.mark()
-            # (Only recorded at the end, when everything is done.)
+            # These two results mean that nothing is pending any more.
             if result in ("ok", "skipped"):
                 self.completed[log.name] = log.offset
         record = {name + "_bytes": self.completed[name] for name in LOGS}  # type: Any
@@ -500,7 +505,7 @@ class State:
         if flush:
             # The logs come first. Otherwise a power cut could lose the last lines of a
             # log and keep our offset. The next lines would land before that offset and
-            # never be sent. (The first save of a run covers all that the run reads.)
+            # never be sent.
             for log in logs:
                 log.flush()
         with stop_on_error(self.path):
@@ -629,7 +634,12 @@ class Log:
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
-        if self.fits(mark):
+        if mark.fingerprint is None:
+            is_same = mark.offset <= self.size
+        else:
+            seen = max(mark.offset, mark.anonymous_until)
+            is_same = mark.fingerprint == self.fingerprint(seen)
+        if is_same:
             # The log may have lost its end, though its beginning is the same.
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
@@ -644,23 +654,16 @@ class Log:
             # cannot send it and the user agrees to community mode before the next.
             self.anonymous_until = self.size
 
-    def fits(self, mark: Mark) -> bool:
-        """Tell whether this is the log that a mark was saved for."""
-        if mark.fingerprint is None:
-            return bool(mark.offset <= self.size)  # for mypy
-        fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
-        return bool(fingerprint == mark.fingerprint)  # for mypy
+    def fingerprint(self, seen: int) -> int:
+        """Return a checksum of the log's first 256 bytes, but only of those seen.
 
-    def fingerprint(self, offset: int, anonymous_until: int) -> int:
-        """Return a checksum of what lies in the head before the two offsets.
-
-        What lies after them may not have been there yet when the mark was saved.
+        The others may not have been there yet when a mark was saved.
         """
-        return zlib.crc32(self.head[: max(offset, anonymous_until)])
+        return zlib.crc32(self.head[:seen])
 
     def mark(self) -> Mark:
         """Return how much of this log is done, to be saved."""
-        fingerprint = self.fingerprint(self.offset, self.anonymous_until)
+        fingerprint = self.fingerprint(max(self.offset, self.anonymous_until))
         return Mark(self.offset, self.anonymous_until, fingerprint)
 
     def flush(self) -> None:
@@ -691,7 +694,7 @@ class Log:
                 return end
 
     def lines(self, offset: int) -> "Iterator[Line]":
-        """Yield the lines from an offset on. event is None if one is no JSON object.
+        """Yield the lines from an offset on, with event None if a line has no object.
 
         The last line needs no newline if it is a whole JSON object. Otherwise it is
         unfinished, and left to the next run.
@@ -705,12 +708,13 @@ class Log:
             has_newline = data.endswith(b"\n")
             is_too_long = len(data) > MAX_LINE_BYTES and not has_newline
             event = None if is_too_long else parse_object(text)
-            if event is None and not has_newline:
-                # A piece of a line that is too long, or an unfinished last line.
+            if is_too_long:
                 rest = self.skip_rest(end)
                 if rest is None:
                     return
                 end = rest
+            elif event is None and not has_newline:
+                return
             # THE decision on privacy: the mode that a line is sent in.
             mode = "anonymous" if begin < self.anonymous_until else self.mode
             is_blank = not text and not is_too_long
@@ -788,7 +792,7 @@ def read_batch(
 ) -> "Optional[Batch]":
     """Return the next events of one mode; None if nothing follows.
 
-    starts: by Log, the offset to begin at. The logs are read in turn.
+    starts: by Log, the offset to begin at. One log is read after the other.
     """
     lines = []  # type: List[Line]
     ends = dict(starts)
@@ -840,7 +844,7 @@ def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
     if status == 401:
         return Outcome("auth_failed", "the token is not accepted")
     if status in (400, 413, 422):
-        return Outcome("refused", "the server refuses something in it")
+        return Outcome("refused", "the server refuses this body")
     if 300 <= status < 400:
         return Outcome("server_error", "a redirect, which is not followed")
     if not 200 <= status < 300:
@@ -865,10 +869,13 @@ def retry_delay(response: Response, now: float) -> "Optional[float]":
         return RETRY_SECONDS.get(response.status)
     delay = float(RETRY_SECONDS[429])
     text = response.retry_after or ""
-    # For bad dates, the parser raises errors of many kinds, even UnboundLocalError.
+    # A date, or a number of seconds. For bad dates, the parser raises errors of many
+    # kinds, even UnboundLocalError.
     with suppress(Exception):
         date = email.utils.parsedate_tz(text)
-        delay = (email.utils.mktime_tz(date) - now) if date else int(text)
+        delay = email.utils.mktime_tz(date) - now if date else delay
+    with suppress(ValueError):
+        delay = int(text)
     return min(max(delay, 0), MAX_DELAY_SECONDS)
 
 
@@ -896,9 +903,9 @@ def apply_proxy(url: "SplitResult") -> "Request":
     import urllib.request
 
     request = urllib.request.Request(url.geturl())
-    # ProxyHandler has a method https_open() if there is a proxy for https. It opens
-    # nothing, in spite of its name. Unless no_proxy names the server, it only calls
-    # request.set_proxy(), and adds a header with the proxy's login.
+    # ProxyHandler has a method https_open() if there is a proxy for https. In spite of
+    # its name it opens nothing: it calls request.set_proxy(), and adds the login for
+    # the proxy as a header. If no_proxy names the server, it does nothing.
     handler = urllib.request.ProxyHandler()
     if hasattr(handler, "https_open"):
         handler.https_open(request)
@@ -916,7 +923,7 @@ def make_connection(url: "SplitResult") -> "HTTPConnection":
     if url.scheme == "http":
         connection = http.client.HTTPConnection(url.netloc)
     elif url.hostname == "localhost":
-        # A proxy would take this for itself.
+        # To a proxy, localhost would be the proxy's own machine.
         connection = http.client.HTTPSConnection(url.netloc)
     else:
         request = apply_proxy(url)
@@ -987,7 +994,7 @@ class Sender:
             self.run.say(f"retry in {delay:.0f} s")
             self.run.sleep(delay)
             response = self.request(body)
-        return str(response.outcome.result)  # for mypy
+        return str(response.outcome.result)  # Any to mypy
 
     def request(self, body: bytes) -> Response:
         """Make a request; raise Stop if no answer comes."""
@@ -1023,9 +1030,11 @@ class Sender:
 
     def exchange(self, body: bytes) -> Response:
         """Make a request over the open connection."""
+        import http.client
+
         # Again: to connect may have taken seconds.
         self.check_agreement()
-        # The first request of a run begins in any case.
+        # The first request begins in any case, or a short run would never send any.
         if self.has_begun and not self.run.has_time():
             raise Stop("the time of this run is used up; the next run goes on")
         self.has_begun = True
@@ -1040,13 +1049,14 @@ class Sender:
             # own. Bytes would go out in one sendall(), with one limit for all of them.
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
-            # The server may have answered and closed before it had read the whole body.
-            # Then its answer is there already. If there is none, read_response() fails,
-            # and attempt() or request() deals with that.
-            self.connection.sock.settimeout(0.1)
-            response = self.read_response()
-            self.connection.close()
-            return response
+            # The server may have answered before it had read the whole body. Then its
+            # answer is there already.
+            with suppress(OSError, http.client.HTTPException):
+                self.connection.sock.settimeout(0.1)
+                response = self.read_response()
+                self.connection.close()
+                return response
+            raise
         return self.read_response()
 
     def check_agreement(self) -> None:
@@ -1093,9 +1103,11 @@ def read_body(reply: "HTTPResponse") -> bytes:
 
     with suppress(OSError, http.client.HTTPException):
         data = reply.read(MAX_SMALL_BYTES)
-        # length counts the announced bytes that are still to come. If the connection
-        # breaks, read() does not raise, and length stays above 0.
-        if not reply.read(1) and not reply.length:
+        is_longer = reply.read(1) != b""
+        # The bytes that are announced and still to come, None if none are announced. If
+        # the connection breaks, read() does not raise, and this stays above 0.
+        is_cut_off = bool(reply.length)
+        if not is_longer and not is_cut_off:
             return data
     return b""
 
@@ -1126,7 +1138,7 @@ def check(run: Run) -> None:
 class Delivery:
     """Sends what is pending, batch by batch, and records each batch that is accepted.
 
-    max_events  of the next batch
+    max_events  how many events the next batch may hold
     """
 
     def __init__(
@@ -1176,9 +1188,9 @@ class Delivery:
     def search(self, batch: Batch) -> str:
         """Search for the event that makes the server refuse a batch; return the result.
 
-        Its events, the suspects, are posted in batches of half the size. If one of
-        these is refused, its events are the suspects, and so on: until a batch is
-        refused that holds a single event, or all suspects are accepted.
+        The batch is posted in halves. Once a half is refused, its events are the
+        suspects, and it is posted in halves, and so on: until a batch is refused that
+        holds a single event, or all suspects are accepted. deliver() does the rest.
         """
         if len(batch.lines) == 1:
             return self.leave_out(batch, has_proof=False)
@@ -1187,8 +1199,8 @@ class Delivery:
         has_proof = False
         while suspects_left > 0:
             smaller = self.next_batch(min(suspects_left, max_events))
-            if smaller is None:
-                return "ok"  # the log has become shorter
+            if smaller is None:  # the log has become shorter
+                return "ok"
             result = self.send(smaller)
             if result == "ok":
                 suspects_left -= len(smaller.lines)
@@ -1200,7 +1212,7 @@ class Delivery:
             else:
                 suspects_left = len(smaller.lines)
                 max_events = suspects_left // 2
-        # All were accepted in smaller batches: the server limits the size.
+        # The suspects were accepted in smaller batches: the server limits the size.
         self.max_events = max_events
         return "ok"
 
@@ -1211,30 +1223,28 @@ class Delivery:
         have accepted another event during the search. If it has not, the next event is
         posted alone. If that is refused, too, or if there is none, both stay pending.
         """
-        if has_proof:
-            result = "ok"
-            self.advance(lone)
-        else:
-            result = self.send_behind(lone)
+        result = "ok" if has_proof else self.send_behind(lone)
         line = lone.lines[0]
         place = f"byte {line.begin} of {line.log.name}.jsonl"
         words = f"the server refuses the event at {place}"
         if result == "ok":
             self.say(words + ", but accepts others; it is left out for good")
-        elif result == "refused":
+            if has_proof:
+                self.advance(lone)
+        elif result in ("refused", ""):
             result = "server_error"
             self.say(words + "; it stays pending, and all behind it")
         return result
 
     def send_behind(self, lone: Batch) -> str:
-        """Post the event behind a lone one; return the result, "refused" for none.
+        """Post the event behind a lone one; return the result, "" if there is no event.
 
         If it is accepted, both are done, so the lone one is left out.
         """
         batch = read_batch(lone.ends, 1, self.device_id)
         while batch is not None and not batch.body:
             batch = read_batch(batch.ends, 1, self.device_id)
-        return self.send(batch) if batch is not None else "refused"
+        return self.send(batch) if batch is not None else ""
 
 
 def sync(run: Run) -> None:
@@ -1264,7 +1274,7 @@ def limit_time(run: Run) -> None:
     import _thread  # threading would take 1 ms
     import faulthandler
 
-    # To wait for a lock that nobody releases: some sandboxes refuse time.sleep().
+    # The wait is for a lock that nobody releases: some sandboxes refuse time.sleep().
     never_free = _thread.allocate_lock()
     never_free.acquire()
 
@@ -1287,16 +1297,23 @@ def sync_in_foreground(run: Run) -> None:
     sync(run)
 
 
+def find_script() -> str:
+    """Return the path of this script, "" if it was piped in."""
+    # Then __file__ is missing or "<stdin>". A file of that name in the working
+    # directory may be anybody's.
+    script = str(globals().get("__file__", "<stdin>"))
+    if script == "<stdin>" or not os.path.isfile(script):
+        return ""
+    # /dev/stdin may be a file, but in another process it is another one.
+    return os.path.realpath(script)
+
+
 def sync_in_background(run: Run) -> None:
     """Sync in a process that outlives this one, if there is something to do."""
     check(run)
-    # If the script was piped in, __file__ is missing or "<stdin>". A file of that name
-    # in the working directory may be anybody's.
-    script = globals().get("__file__", "<stdin>")
-    if script != "<stdin>" and os.path.isfile(script) and sys.executable:
-        # realpath: the script may have been started as /dev/stdin, which is another
-        # file in the new process.
-        command = [sys.executable, "-I", os.path.realpath(script)]
+    script = find_script()
+    if script and sys.executable:
+        command = [sys.executable, "-I", script]
         command += ["--dir", run.directory, "--base-url", run.base_url]
         command += ["--max-time", str(run.max_time)]
         start_detached(command, run.directory)
@@ -1314,8 +1331,8 @@ def start_detached(command: "List[str]", folder: str) -> None:
     from subprocess import DEVNULL, Popen
 
     if sys.platform == "win32":
-        # With redirections, the new process would inherit the handles of this one, and
-        # a caller that waits for the end of a pipe would wait for it, too.
+        # No DEVNULL here: with redirections, the new process would inherit all handles,
+        # and a caller that reads our output to its end would wait for the new process.
         flags = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
         breakaway = 0x1000000  # CREATE_BREAKAWAY_FROM_JOB
         try:
@@ -1418,15 +1435,6 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     return f"{text}; {PASSED_OVER.format(passed_over)}" if passed_over else text
 
 
-def mode_to_assume(run: Run) -> str:
-    """Return the mode in which to open the logs only to count or to skip.
-
-    With off, that is community: to open them as anonymous would make --skip-pending
-    record all lines as anonymous. Nothing is sent.
-    """
-    return "community" if run.mode == "off" else str(run.mode)
-
-
 def show_status(run: Run) -> None:
     """Print how things stand: facts, and no prediction of what a sync would do."""
     state = read_state(run.analytics)
@@ -1444,7 +1452,8 @@ def show_status(run: Run) -> None:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
     login = "no, " + login_problem if login_problem else "a token in credentials"
-    with open_logs(run, state, mode_to_assume(run)) as logs:
+    # Only to count. What must stay anonymous is in the marks.
+    with open_logs(run, state, "community") as logs:
         pending = describe_pending(run, logs)
     lines = [
         "directory: " + run.directory,
@@ -1500,8 +1509,7 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    mode = mode_to_assume(run)
-    with lock_state(run.analytics) as state, open_logs(run, state, mode) as logs:
+    with lock_state(run.analytics) as state, open_logs(run, state, "community") as logs:
         pending = describe_pending(run, logs)
         for log in logs:
             log.offset = log.size

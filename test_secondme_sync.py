@@ -5427,9 +5427,9 @@ def test_verbose_says_which_event_is_left_out(home):
 
     begin = len(line(usage(0)))
     assert read_messages(backend) == [
-        "N bytes to SERVER: HTTP 422, the server refuses something in it (refused)",
+        "N bytes to SERVER: HTTP 422, the server refuses this body (refused)",
         "N bytes to SERVER: HTTP 200, code 0 (ok)",
-        "N bytes to SERVER: HTTP 422, the server refuses something in it (refused)",
+        "N bytes to SERVER: HTTP 422, the server refuses this body (refused)",
         "the server refuses the event at byte %d of usage.jsonl, "
         "but accepts others; it is left out for good" % begin]
 
@@ -5440,7 +5440,7 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
     backend = home.deliver(answer(413))
 
     assert read_messages(backend) == [
-        "N bytes to SERVER: HTTP 413, the server refuses something in it (refused)",
+        "N bytes to SERVER: HTTP 413, the server refuses this body (refused)",
         "the server refuses the event at byte 0 of usage.jsonl; "
         "it stays pending, and all behind it"]
 
