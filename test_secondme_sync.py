@@ -2784,6 +2784,16 @@ def test_result_of_an_answer_without_retry(home, status, body, result):
     assert home.result == result
 
 
+def test_chunked_answer_longer_than_is_read_is_no_answer(home):
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(data), data) for data in (PADDED, b" ", b""))
+    home.fill(1)
+
+    home.deliver(answers.raw(
+        b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks))
+
+    assert home.result == "network_error"
+
+
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
 def test_redirect_is_never_followed(home, status):
     home.fill(1)
@@ -3205,6 +3215,17 @@ def test_token_stays_in_the_tunnel_of_a_proxy(home, tls_backend, variable, login
     assert not [name for name in request.headers if name.lower().startswith("proxy")]
 
 
+def test_tunnel_leads_to_port_443_without_another(home):
+    home.fill(1)
+    home.configure(baseUrl="https://127.0.0.1/gate/lab")
+
+    with Proxy(refusal=b"HTTP/1.1 403 Forbidden\r\n\r\n") as proxy:
+        home.run(https_proxy=proxy.url(), no_proxy="")
+
+    head, = proxy.heads
+    assert head.startswith(b"CONNECT 127.0.0.1:443 HTTP/1.")
+
+
 @pytest.mark.parametrize("no_proxy, tunnels", [
     # no_proxy, tunnels opened
     ("", 1),
@@ -3423,6 +3444,16 @@ def test_batches_have_100_events_again_behind_a_left_out_event(home):
 
     # s-0 stands alone, s-1 is the proof, and the rest goes as usual.
     assert backend.sizes == [100, 50, 25, 12, 6, 3, 1, 1, 100, 100, 48]
+
+
+def test_search_does_not_go_beyond_the_refused_batch(home):
+    """The 25 refused events are 12, 12 and 1. Then batches stay small."""
+    home.fill(250)
+
+    backend = home.deliver(answer(413), answer(413), answer(413))
+
+    assert backend.sizes[:7] == [100, 50, 25, 12, 12, 1, 12]
+    home.assert_done()
 
 
 def refuse_more_events_than(limit):
@@ -5643,6 +5674,19 @@ def test_verbose_says_that_a_host_was_not_found(home, monkeypatch):
         "network_error at nowhere.test: the host was not found (gaierror)"]
 
 
+def test_host_that_is_no_name_is_a_network_error(home, monkeypatch):
+    """Python cannot even encode it, and raises a ValueError."""
+    home.fill(1)
+    home.configure(baseUrl="https://no..name.test")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: host.encode("idna"))
+
+    said = home.sync()
+
+    assert re.match(r"network_error at no\.\.name\.test: no answer \(Unicode\w*Error\)", said[-1])
+    assert home.result == "network_error"
+
+
 def test_verbose_says_that_tls_failed(home, tls_backend):
     home.fill(1)
     home.configure(baseUrl=tls_backend.url)
@@ -6947,7 +6991,7 @@ def test_tables_name_each_file_and_variable():
 def test_url_of_the_server_is_that_of_the_script():
     url = secondme_sync.BASE_URL + secondme_sync.EVENTS_PATH
     assert re.findall(r"\*\*It sends to\*\* `(.*)`", README) == [url]
-    assert re.findall("Sends to (https.*), unless", secondme_sync.__doc__) == [url]
+    assert re.findall("Sends to (https.*), or", secondme_sync.__doc__) == [url]
 
 
 def test_user_agent_is_that_of_the_script():
