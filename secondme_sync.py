@@ -1241,10 +1241,15 @@ class Delivery:
 
         If it is accepted, both are done, so the lone one is left out.
         """
+        passed_over = lone.passed_over
         batch = read_batch(lone.ends, 1, self.device_id)
         while batch is not None and not batch.body:
+            passed_over += batch.passed_over
             batch = read_batch(batch.ends, 1, self.device_id)
-        return self.send(batch) if batch is not None else ""
+        if batch is None:
+            return ""
+        passed_over += batch.passed_over
+        return self.send(batch._replace(passed_over=passed_over))
 
 
 def sync(run: Run) -> None:

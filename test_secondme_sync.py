@@ -1341,6 +1341,17 @@ def test_short_state_is_lengthened_before_it_is_overwritten(home, flushes):
     assert flushes[0] == (".sync-offsets", "server_error")
 
 
+def test_full_record_is_not_lengthened(home, flushes):
+    home.fill(1)
+    home.deliver()
+    home.log("usage", 1)
+    del flushes[:]
+
+    home.deliver()
+
+    assert flushes[0] == ("usage.jsonl", "ok")
+
+
 @posix_only("Windows cannot open a folder")
 def test_folder_that_is_flushed_is_closed(home, monkeypatch):
     """The folder of a new state is opened to be flushed."""
@@ -5476,6 +5487,34 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
         "it stays pending, and all behind it"]
 
 
+def allow_100_bytes():
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+
+@posix_only("Windows has no such limit")
+def test_record_of_which_a_part_is_written_stops_the_run(home):
+    home.fill(1)
+
+    with home.backend(default=None) as backend:
+        result = home.run("-v", options={"preexec_fn": allow_100_bytes})
+
+    assert b"only a part could be written\n" in result.err
+    assert backend.connections == 0
+
+
+def test_verbose_counts_lines_passed_over_around_a_refused_event(home):
+    home.append("usage", b"no event\n")
+    home.log("usage", 0)
+    home.append("usage", b"no event\n" * 2 + b'{"outcome": NaN}\n')
+    home.log("usage", 1)
+
+    backend = home.deliver(*[answers.refuse_events({"s-0"})] * 9)
+
+    assert PASSED_OVER % 4 in backend.said
+    home.assert_done()
+
+
 def test_run_without_a_readable_log_says_so(home):
     home.fill(1)
     replace_usage_log_by_folder(home)
@@ -5898,6 +5937,11 @@ def test_misuse_exits_with_2_and_does_nothing(home, flags):
     assert result.out == b""
     assert b"usage: " in result.err
     assert home.snapshot() == before
+
+
+def test_misuse_says_what_is_wrong(home):
+    assert b"error: --max-time must be above 0, and a day at most\n" in home.main(
+        "--max-time", "0").err
 
 
 def test_max_time_of_a_day_is_taken(home):
