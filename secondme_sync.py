@@ -32,9 +32,9 @@ of an event that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS be
 Anonymous means fewer fields and no device id. The token goes along all the same, so the
 server can tell whose events they are.
 
-Events go in the mode that is set when they are sent. Two kinds only ever go as
-anonymous: what was pending when a run in anonymous mode began, and what is in a log
-that was replaced.
+Events go in the mode that is set when they are sent. Exception: some are always sent as
+anonymous, namely those that were pending when a run in anonymous mode began to send,
+and those in a log that was replaced.
 
 Environment: some variables can lower the mode or switch telemetry off; see
 read_environment.
@@ -62,8 +62,9 @@ if __name__ == "__main__":
     sys.path = [path for path in sys.path if path]
 
     # Ctrl-C ends the program at once and without a traceback, unless the caller ignores
-    # it. There is nothing to tidy up: a kill loses nothing, and makes the next run send
-    # one batch again at most. (A power cut: all batches of one run.)
+    # it. There is nothing to tidy up: a kill or a power cut loses nothing. At most, the
+    # next run sends something again: one batch after a kill, and what this run has sent
+    # after a power cut.
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -109,8 +110,8 @@ FINGERPRINT_BYTES = 256
 # One disk sector.
 RECORD_BYTES = 512
 
-# The result that is saved when a run begins. It stands if the run is cut short. (The
-# contract has no other word for that.)
+# The result that is saved when a run begins. It stands if the run is cut short, for the
+# contract has no word of its own for that.
 UNFINISHED = "network_error"
 
 RUN_SECONDS = 30  # see --max-time
@@ -173,7 +174,8 @@ Agreement = namedtuple("Agreement", "config token device_id")
 # as anonymous. fingerprint: a checksum of the log's beginning, None if not recorded.
 Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
 # A line of a log. begin, end: the offsets of its first byte and of the byte after it.
-# mode: what it may be sent as. event: the JSON object that it holds, or None.
+# mode: what it may be sent as. event: the JSON object that it holds, or None. is_blank:
+# it is empty, and not to be counted as passed over.
 Line = namedtuple("Line", "log begin end mode event is_blank")
 # lines: up to 100 Lines with events, all of one mode. body: what is posted; empty if
 # there are no lines. ends: for each Log, the offset after the batch. passed_over: how
@@ -356,8 +358,8 @@ def parse_endpoint(base_url: "Any") -> "SplitResult":
     raise Stop(
         f"the base URL {shown[:200]} is refused (baseUrl in config, or --base-url): "
         "it must be https://HOST, or http:// with localhost, 127.x.x.x or [::1]; a "
-        'port must be valid; a user, blanks, "?", "#" and characters beyond ASCII must '
-        "not be"
+        'port must be valid; it must have no user, blanks, "?", "#" and no characters '
+        "beyond ASCII"
     )
 
 
@@ -400,7 +402,7 @@ class Run:
         """Tell whether another request may begin after a delay.
 
         If the end of a run cuts a request short, the next run sends it again. So none
-        begins in the last third of a run (10 s by default, like IDLE_SECONDS).
+        begins in the last third of a run.
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -461,6 +463,7 @@ class State:
         # behind it. If they are no JSON, another program wrote the file: parse it all.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
+        # A blank file is a new one; see prepare_file().
         self.is_broken = bool(data.strip() and not saved)
         self.timestamp = get(saved, "last_sync_ts", "")
         self.result = get(saved, "last_sync_result", "")
@@ -476,15 +479,15 @@ class State:
                     get_count(mark, "fingerprint"),
                 )
             else:
-                # No fingerprint was saved: the record is an older script's, or there is
-                # none yet, or the log was missing whenever it was written.
+                # The record is an older script's, or there is none yet, or no run has
+                # seen this log so far.
                 self.marks[name] = Mark(self.completed[name], 0, None)
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
         """Record how much of the logs is done, and a result.
 
-        The file must be that of lock_state(). With flush, the record outlasts a power
-        cut. Raise Stop if it cannot be written.
+        Only for a State of lock_state(); that of read_state() is a copy. With flush,
+        the record outlasts a power cut. Raise Stop if it cannot be written.
         """
         for log in logs:
             self.marks[log.name] = log.mark()
@@ -534,6 +537,7 @@ def lock_state(folder: str) -> "Iterator[State]":
     """Open .sync-offsets and lock it; raise Stop if another run has."""
     path = os.path.join(folder, ".sync-offsets")
     with ExitStack() as stack:
+        # The caller's code is outside of stop_on_error.
         with stop_on_error(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             # Unbuffered, so that a full disk shows when it is written, not in close().
@@ -637,8 +641,8 @@ class Log:
         if mark.fingerprint is None:
             is_same = mark.offset <= self.size
         else:
-            seen = max(mark.offset, mark.anonymous_until)
-            is_same = mark.fingerprint == self.fingerprint(seen)
+            fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
+            is_same = mark.fingerprint == fingerprint
         if is_same:
             # The log may have lost its end, though its beginning is the same.
             self.offset = min(mark.offset, self.size)
@@ -654,16 +658,17 @@ class Log:
             # cannot send it and the user agrees to community mode before the next.
             self.anonymous_until = self.size
 
-    def fingerprint(self, seen: int) -> int:
-        """Return a checksum of the log's first 256 bytes, but only of those seen.
+    def fingerprint(self, offset: int, anonymous_until: int) -> int:
+        """Return a checksum of the log's first 256 bytes, or of fewer.
 
-        The others may not have been there yet when a mark was saved.
+        Only bytes before the larger of the two offsets count. They were there when the
+        mark was saved; others may have come later.
         """
-        return zlib.crc32(self.head[:seen])
+        return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
     def mark(self) -> Mark:
         """Return how much of this log is done, to be saved."""
-        fingerprint = self.fingerprint(max(self.offset, self.anonymous_until))
+        fingerprint = self.fingerprint(self.offset, self.anonymous_until)
         return Mark(self.offset, self.anonymous_until, fingerprint)
 
     def flush(self) -> None:
@@ -673,12 +678,13 @@ class Log:
             os.fsync(self.file.fileno())
 
     def read_line(self, limit: int) -> bytes:
-        """Return the next line, or its first limit bytes; b"" at the end of the log.
+        """Return the next line, b"" at the end of the log. limit: what is left of it.
 
         A line longer than 1 MiB comes in pieces, one a call. Only the last of them ends
         with a newline.
         """
         try:
+            # One byte more, for the newline.
             return self.file.readline(min(MAX_LINE_BYTES + 1, limit))
         except OSError as error:
             raise Stop(f"{self.name}.jsonl cannot be read ({error.strerror})") from None
@@ -704,17 +710,17 @@ class Log:
             begin = end
             data = self.read_line(self.size - begin)
             end = begin + len(data)
-            text = decode(data, errors="replace")
             has_newline = data.endswith(b"\n")
             is_too_long = len(data) > MAX_LINE_BYTES and not has_newline
+            text = decode(data, errors="replace")
             event = None if is_too_long else parse_object(text)
-            if is_too_long:
+            if event is None and not has_newline:
+                # The first piece of a line that is too long, or an unfinished line, of
+                # which there is no rest.
                 rest = self.skip_rest(end)
                 if rest is None:
                     return
                 end = rest
-            elif event is None and not has_newline:
-                return
             # THE decision on privacy: the mode that a line is sent in.
             mode = "anonymous" if begin < self.anonymous_until else self.mode
             is_blank = not text and not is_too_long
@@ -781,7 +787,7 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
     try:
         return batch._replace(body=encode_body(batch.lines, device_id))
     except (ValueError, RecursionError):
-        # To test each event would take too long if it was always done.
+        # This is rare. Find the events that are at fault, one by one.
         lines = [line for line in batch.lines if is_encodable(line)]
         passed_over = batch.passed_over + len(batch.lines) - len(lines)
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
@@ -896,9 +902,10 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
 
 
 def apply_proxy(url: "SplitResult") -> "Request":
-    """Return a urllib request for an https URL. If a proxy applies, it is the host.
+    """Return a urllib request for an https URL.
 
-    Proxies are those of the environment and the system, as urllib understands them.
+    Its host is that of the proxy if one applies, or else that of the URL. Proxies are
+    those of the environment and the system, as urllib understands them.
     """
     import urllib.request
 
@@ -956,8 +963,8 @@ class Sender:
     The token goes into a header of these requests and nowhere else: within TLS, or to
     this machine. A redirect is not followed.
 
-    agreement  config as consent was decided on; token and device id as they were when
-               this object was made
+    agreement  config as read when consent was decided; token and device id as read
+               when this object was made
     server     host and port, and the proxy's, for messages
     has_begun  whether a request was begun
     """
@@ -1017,11 +1024,18 @@ class Sender:
         """Make a request over the kept connection, or else over a new one.
 
         A server may close a kept connection at any moment, even while it is written to.
-        In that case, the request is made once more.
+        In that case, the request is made once more. (In rare cases, the server has
+        accepted the first one, too.)
         """
+        import socket
+
         if self.is_reusable():
-            with suppress(ConnectionError):
+            try:
                 return self.exchange(body)
+            except socket.timeout:
+                raise
+            except OSError:
+                pass
         # Without consent, not even a connection is made.
         self.check_agreement()
         self.connection.close()
@@ -1102,13 +1116,15 @@ def read_body(reply: "HTTPResponse") -> bytes:
     import http.client
 
     with suppress(OSError, http.client.HTTPException):
-        data = reply.read(MAX_SMALL_BYTES)
-        is_longer = reply.read(1) != b""
+        # Not read(): after a chunk of length -1, it would read without an end.
+        data = bytearray(MAX_SMALL_BYTES)
+        size = reply.readinto(data)
+        is_longer = reply.readinto(bytearray(1)) > 0
         # The bytes that are announced and still to come, None if none are announced. If
-        # the connection breaks, read() does not raise, and this stays above 0.
+        # the connection breaks, readinto() does not raise, and this stays above 0.
         is_cut_off = bool(reply.length)
         if not is_longer and not is_cut_off:
-            return data
+            return bytes(data[:size])
     return b""
 
 
@@ -1130,6 +1146,7 @@ def check(run: Run) -> None:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
             # completed is behind if an earlier run was cut short after its last batch.
+            # Then there is nothing to send, but its end is to be recorded.
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_unreadable() or "nothing is pending")
@@ -1190,15 +1207,16 @@ class Delivery:
 
         The batch is posted in halves. Once a half is refused, its events are the
         suspects, and it is posted in halves, and so on: until a batch is refused that
-        holds a single event, or all suspects are accepted. deliver() does the rest.
+        holds a single event, or all suspects are accepted. Then it was the size.
         """
         if len(batch.lines) == 1:
             return self.leave_out(batch, has_proof=False)
+        # Of the suspects, all before log.offset are accepted. So many follow.
         suspects_left = len(batch.lines)
-        max_events = suspects_left // 2
+        half = suspects_left // 2
         has_proof = False
         while suspects_left > 0:
-            smaller = self.next_batch(min(suspects_left, max_events))
+            smaller = self.next_batch(min(suspects_left, half))
             if smaller is None:  # the log has become shorter
                 return "ok"
             result = self.send(smaller)
@@ -1211,9 +1229,8 @@ class Delivery:
                 return self.leave_out(smaller, has_proof)
             else:
                 suspects_left = len(smaller.lines)
-                max_events = suspects_left // 2
-        # The suspects were accepted in smaller batches: the server limits the size.
-        self.max_events = max_events
+                half = suspects_left // 2
+        self.max_events = half
         return "ok"
 
     def leave_out(self, lone: Batch, has_proof: bool) -> str:
@@ -1221,16 +1238,20 @@ class Delivery:
 
         That takes proof that the event is at fault and not the server: the server must
         have accepted another event during the search. If it has not, the next event is
-        posted alone. If that is refused, too, or if there is none, both stay pending.
+        posted alone. If that is refused, too, or if there is no next event, the refused
+        event stays pending, and all behind it.
         """
-        result = "ok" if has_proof else self.send_behind(lone)
         line = lone.lines[0]
         place = f"byte {line.begin} of {line.log.name}.jsonl"
         words = f"the server refuses the event at {place}"
+        left_out = words + ", but accepts others; it is left out for good"
+        if has_proof:
+            self.say(left_out)
+            self.advance(lone)
+            return "ok"
+        result = self.send_behind(lone)
         if result == "ok":
-            self.say(words + ", but accepts others; it is left out for good")
-            if has_proof:
-                self.advance(lone)
+            self.say(left_out)
         elif result in ("refused", ""):
             result = "server_error"
             self.say(words + "; it stays pending, and all behind it")
@@ -1304,12 +1325,12 @@ def sync_in_foreground(run: Run) -> None:
 
 def find_script() -> str:
     """Return the path of this script, "" if it was piped in."""
-    # Then __file__ is missing or "<stdin>". A file of that name in the working
+    # If it was, __file__ is missing or "<stdin>". A file of that name in the working
     # directory may be anybody's.
     script = str(globals().get("__file__", "<stdin>"))
     if script == "<stdin>" or not os.path.isfile(script):
         return ""
-    # /dev/stdin may be a file, but in another process it is another one.
+    # realpath: a path such as /dev/stdin means another file in the new process.
     return os.path.realpath(script)
 
 
@@ -1386,9 +1407,9 @@ def fork_detached(folder: str) -> bool:
 def show(text: str, stream: "Optional[TextIO]") -> None:
     """Print a text for people, if the stream is open and can be written.
 
-    Characters that are not printable are printed as escapes: the text may hold what was
-    logged, which could otherwise command the terminal. So are characters that the
-    stream cannot encode.
+    Characters that are not printable, or that the stream cannot encode, are printed as
+    escapes: the text may hold what was logged, which could otherwise command the
+    terminal.
     """
     if stream is None:
         return
@@ -1457,7 +1478,7 @@ def show_status(run: Run) -> None:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
     login = "no, " + login_problem if login_problem else "a token in credentials"
-    # Only to count. What must stay anonymous is in the marks.
+    # Community, to count what the marks keep anonymous. Nothing is sent.
     with open_logs(run, state, "community") as logs:
         pending = describe_pending(run, logs)
     lines = [
@@ -1514,6 +1535,7 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
+    # The mode matters only to the count: nothing before log.size will ever be sent.
     with lock_state(run.analytics) as state, open_logs(run, state, "community") as logs:
         pending = describe_pending(run, logs)
         for log in logs:

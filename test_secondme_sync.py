@@ -3093,6 +3093,21 @@ def test_answer_to_a_body_that_failed_is_waited_for_a_moment(home, monkeypatch):
     assert 0 < limits[0] < 1
 
 
+def break_tls(handler):
+    """Send something that is no TLS behind the handshake."""
+    socket.socket.sendall(handler.connection, b"no TLS record" * 9)
+
+
+def test_kept_connection_whose_tls_breaks_fails_no_batch(home, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", CERTIFICATE)
+    logged = home.fill(BATCH, 1)
+
+    backend = home.deliver(OK, break_tls, context=tls_context())
+
+    assert backend.sessions == logged + logged[BATCH:]
+    home.assert_done()
+
+
 def test_answer_of_299_without_json_is_a_network_error(home):
     """299 is the last status of success, with the same rule for its body as 200."""
     home.fill(1)
@@ -5577,8 +5592,8 @@ def test_verbose_prints_to_stderr(home, flag):
     pytest.param(lambda home: home.configure(baseUrl="http://example.test"),
                  'the base URL "http://example.test" is refused (baseUrl in config, or '
                  '--base-url): it must be https://HOST, or http:// with localhost, 127.x.x.x or '
-                 '[::1]; a port must be valid; a user, blanks, "?", "#" and characters beyond '
-                 'ASCII must not be', id="refused baseUrl"),
+                 '[::1]; a port must be valid; it must have no user, blanks, "?", "#" and no '
+                 'characters beyond ASCII', id="refused baseUrl"),
     pytest.param(lambda home: None,
                  "network_error at 127.0.0.1:9: no answer (ConnectionRefusedError)",
                  id="nothing listens"),
