@@ -325,10 +325,12 @@ def find_login_problem(directory: str) -> str:
     if read_token(directory):
         return ""
     path = os.path.join(directory, "credentials")
+    problem = find_problem(path)
+    if problem:
+        return problem
     if not os.path.exists(path):
         return path + " does not exist"
-    unfit = "holds no accessToken, or one with blanks or characters beyond ASCII"
-    return find_problem(path) or f"{path} {unfit}"
+    return path + " holds no accessToken, or one with blanks or characters beyond ASCII"
 
 
 def read_device_id(directory: str, mode: str) -> str:
@@ -1451,14 +1453,15 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
             counts[line.log.name] += 1
             if line.mode != line.log.mode:
                 as_anonymous += 1
-    parts = [
-        find_problem(run.log_path(name)) or f"{counts[name]} {name} events"
-        for name in LOGS
-    ]
+    problems = {name: find_problem(run.log_path(name)) for name in LOGS}
+    parts = [f"{counts[name]} {name} events" for name in LOGS if not problems[name]]
     if as_anonymous:
         parts.append(f"{as_anonymous} of them stay anonymous, whatever the mode")
-    text = ", ".join(parts)
-    return f"{text}; {PASSED_OVER.format(passed_over)}" if passed_over else text
+    notes = [", ".join(parts)]
+    if passed_over:
+        notes.append(PASSED_OVER.format(passed_over))
+    notes += problems.values()
+    return "; ".join(filter(None, notes))
 
 
 def show_status(run: Run) -> None:
@@ -1469,9 +1472,9 @@ def show_status(run: Run) -> None:
         last += " (not finished: no usable answer, ended early, or still at work)"
     problem = find_problem(state.path)
     if state.is_broken:
-        problem = f"{state.path} holds no record"
+        problem = f"{state.path} holds no record; everything in the logs is pending"
     if problem:
-        last = f"unknown, {problem}; everything in the logs counts as pending"
+        last = "unknown, " + problem
     try:
         endpoint = run.endpoint().geturl()
     except Stop as stop:

@@ -5136,7 +5136,6 @@ def test_token_is_never_shown(home):
         assert TOKEN.encode() not in result.out + result.err
 
 
-ALL_IS_PENDING = "; everything in the logs counts as pending"
 NOT_REGULAR = "%s cannot be read (not a regular file)"
 
 
@@ -5160,7 +5159,7 @@ def test_status_says_that_the_state_holds_no_record(home):
 
     shown = status(home)["last sync"]
 
-    assert shown == "unknown, %s holds no record" % home.state + ALL_IS_PENDING
+    assert shown == "unknown, %s holds no record; everything in the logs is pending" % home.state
 
 
 def test_blank_state_is_that_of_no_sync(home):
@@ -5177,8 +5176,8 @@ def test_status_names_files_that_cannot_be_read(home):
 
     shown = status(home)
 
-    assert shown["pending"] == NOT_REGULAR % home.path_of("usage.jsonl") + ", 1 feedback events"
-    assert shown["last sync"] == "unknown, " + NOT_REGULAR % home.state + ALL_IS_PENDING
+    assert shown["pending"] == "1 feedback events; " + NOT_REGULAR % home.path_of("usage.jsonl")
+    assert shown["last sync"] == "unknown, " + NOT_REGULAR % home.state
 
 
 # Takes away root's rights. What the script imports must be loaded before, for the folders of
@@ -5215,6 +5214,19 @@ def test_status_names_what_is_closed_to_the_user(open_home, closed):
     assert "usage.jsonl cannot be read (%s)" % denied in text
     assert "feedback.jsonl cannot be read (%s)" % denied in text
     assert "last sync: unknown, %s cannot be read (%s)" % (home.state, denied) in text
+
+
+@posix_only("Windows has no file modes")
+def test_closed_credentials_are_not_called_missing(open_home):
+    home = open_home
+    path = home.path_of("credentials")
+    home.dir.chmod(0)
+
+    result = home.run("--status", shim=AS_NOBODY, PYTHONPATH=str(ROOT))
+    home.dir.chmod(0o700)
+
+    shown = "login:     no, %s cannot be read (%s)\n" % (path, os.strerror(errno.EACCES))
+    assert shown in result.out.decode("utf-8")
 
 
 @pytest.mark.parametrize("encoding, shown", [
@@ -7049,7 +7061,7 @@ def test_tables_name_each_file_and_variable():
 
 def test_url_of_the_server_is_that_of_the_script():
     url = secondme_sync.BASE_URL + secondme_sync.EVENTS_PATH
-    assert re.findall(r"\*\*It sends to\*\* `(.*)`", README) == [url]
+    assert re.findall(r"with the full URL `(.*)`", README) == [url]
     assert re.findall("Sends to (https.*), or", secondme_sync.__doc__) == [url]
 
 
