@@ -3241,6 +3241,17 @@ def test_token_stays_in_the_tunnel_of_a_proxy(home, tls_backend, variable, login
     assert not [name for name in request.headers if name.lower().startswith("proxy")]
 
 
+def test_localhost_is_reached_without_a_proxy(home, tls_backend):
+    """A proxy would take it for its own machine."""
+    home.fill(1)
+    home.configure(baseUrl=tls_backend.url.replace("127.0.0.1", "localhost"))
+
+    with Proxy() as proxy:
+        home.run(https_proxy=proxy.url(), no_proxy="")
+
+    assert proxy.heads == []
+
+
 def test_tunnel_leads_to_port_443_without_another(home):
     home.fill(1)
     home.configure(baseUrl="https://127.0.0.1/gate/lab")
@@ -5966,9 +5977,13 @@ def test_misuse_exits_with_2_and_does_nothing(home, flags):
     assert home.snapshot() == before
 
 
-def test_misuse_says_what_is_wrong(home):
-    assert b"error: --max-time must be above 0, and a day at most\n" in home.main(
-        "--max-time", "0").err
+@pytest.mark.parametrize("flags, words", [
+    # flags, what is said
+    (["--max-time", "0"], b"error: --max-time must be above 0, and a day at most\n"),
+    (["--dir", ""], b"error: --dir must name a directory\n"),
+])
+def test_misuse_says_what_is_wrong(home, flags, words):
+    assert words in home.main(*flags).err
 
 
 def test_max_time_of_a_day_is_taken(home):
