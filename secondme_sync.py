@@ -465,7 +465,7 @@ class State:
         # behind it. If they are no JSON, another program wrote the file: parse it all.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
-        # A blank file is a new one; see prepare_file().
+        # (A blank file is an empty one: not broken.)
         self.is_broken = bool(data.strip() and not saved)
         self.timestamp = get(saved, "last_sync_ts", "")
         self.result = get(saved, "last_sync_result", "")
@@ -594,11 +594,12 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     keep the new bytes but not the new length.
     """
     size = file.seek(0, os.SEEK_END)
-    if size < RECORD_BYTES:
+    if 0 < size < RECORD_BYTES:
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
-        # A new file survives a power cut only if its folder is flushed, too. Some
-        # systems cannot open a folder.
+    if size == 0:
+        # A new file has no record to lose, but it survives a power cut only if its
+        # folder is flushed, too. Some systems cannot open a folder.
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
             os.fsync(descriptor)
