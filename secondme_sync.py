@@ -1214,7 +1214,7 @@ class Delivery:
         """
         if len(batch.lines) == 1:
             return self.leave_out(batch, has_proof=False)
-        # Of the suspects, all before log.offset are accepted. So many follow.
+        # How many suspects are not accepted yet. They come next in the logs.
         suspects_left = len(batch.lines)
         half = suspects_left // 2
         has_proof = False
