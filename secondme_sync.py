@@ -33,12 +33,13 @@ Anonymous means fewer fields and no device id. The token goes along all the same
 server can tell whose events they are.
 
 Events go in the mode that is set when they are sent. Exception: some are always sent as
-anonymous, namely those that were pending when a run in anonymous mode began to send,
-and those in a log that was replaced.
+anonymous, namely those that were pending when a run in anonymous mode began, and those
+in a log that was replaced.
 
 Environment: some variables can lower the mode or switch telemetry off; see
 read_environment.
-Proxies and certificates are used as Python's urllib uses them.
+Proxies and certificates are used as Python's urllib uses them, but no proxy for this
+machine.
 
 Words that this file uses:
     batch    up to 100 events, sent in one request
@@ -101,7 +102,7 @@ BATCH_EVENTS = 100
 BATCH_BYTES = 128 * 1024
 # Longer lines are passed over.
 MAX_LINE_BYTES = 1024 * 1024
-# The most that is read of config, credentials, or a response.
+# The most that is read of a file other than a log, or of a response.
 MAX_SMALL_BYTES = 64 * 1024
 # The size of one read of a file, and of one write of a body.
 BUFFER_BYTES = 32 * 1024
@@ -269,8 +270,8 @@ def read_environment() -> "Dict[str, str]":
     """Return the variables that can lower the mode, "" for one that is not set.
 
     SM_TEL names a mode. Each of the others switches telemetry off, unless it is empty,
-    "0" or "false". This file reads no other variable but HOME. (urllib and OpenSSL read
-    those for proxies and certificates.)
+    "0" or "false". This file reads no other variable but HOME. (Python and OpenSSL read
+    those for the home directory, proxies and certificates.)
     """
     nonessential = os.environ.get("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "")
     return {
@@ -371,6 +372,8 @@ class Run:
     directory  the state directory, an absolute path
     analytics  the directory of the logs and of .sync-offsets
     config     the content of config, on which consent was decided
+    mode       "community", "anonymous" or "off"
+    reason     in words, what decided the mode
     base_url   the server, unless config names one
     max_time   seconds that the run may take
     say        takes a message for people, which -v prints
@@ -404,7 +407,7 @@ class Run:
         """Tell whether another request may begin after a delay.
 
         If the end of a run cuts a request short, the next run sends it again. So none
-        begins in the last third of a run.
+        but the first begins in the last third of a run.
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -588,7 +591,7 @@ def lock_file(file: "BinaryIO") -> None:
 
 
 def prepare_file(file: "BinaryIO", folder: str) -> None:
-    """Lengthen a short .sync-offsets to 512 bytes, and go to its beginning.
+    """Lengthen a short, not empty .sync-offsets to 512 bytes, and go to its beginning.
 
     To overwrite and lengthen a file in one write is not safe in a power cut, which may
     keep the new bytes but not the new length.
@@ -1002,7 +1005,11 @@ class Sender:
         delay = retry_delay(response, time.time())
         if delay is not None and self.run.has_time(delay):
             self.run.say(f"retry in {delay:.0f} s")
-            self.run.sleep(delay)
+            try:
+                self.run.sleep(delay)
+            except OSError:
+                # Some sandboxes refuse it. The first answer counts.
+                return str(response.outcome.result)  # Any to mypy
             response = self.request(body)
         return str(response.outcome.result)  # Any to mypy
 
@@ -1077,7 +1084,7 @@ class Sender:
         return self.read_response()
 
     def check_agreement(self) -> None:
-        """Raise Stop if consent, login or device id has changed since the run began."""
+        """Raise Stop if config, token or device id has changed since it was read."""
         agreement = self.run.read_agreement()
         if agreement != self.agreement or not agreement.token:
             raise Stop("config, login or device id has changed")
@@ -1620,7 +1627,7 @@ def add_options(parser: "ArgumentParser") -> None:
 def parse_args(argv: "List[str]") -> Options:
     """Return what the arguments ask for; exit with 2 if they are wrong."""
     if argv in ([], ["--background"]):
-        # Skills call these most. To import argparse would take 5 ms.
+        # These shall be quick. To import argparse would take 5 ms.
         action = "background" if argv else "sync"
         return Options(
             action, preview=None, directory=None, base_url=BASE_URL,

@@ -4002,6 +4002,7 @@ def test_run_is_silent_where_a_sandbox_refuses_to_sleep(home):
     with home.backend(answer(503)):
         assert home.run(shim=NO_SLEEP) == SILENT
 
+    assert home.result == "server_error"
     assert home.deliver().sessions == sent
 
 
