@@ -2,8 +2,8 @@
 
 SecondMe skills log usage and feedback events on this machine, one JSON object a line.
 If the user has agreed to it, this program sends the pending events to the SecondMe
-backend, and records how far it got. Without consent, a sync reads config and ends. The
-log stays, and is sent if the user agrees later, unless --skip-pending was run first.
+backend, and records how far it got. Without consent, it reads config and ends. What was
+logged before the user agreed is sent, too, unless --skip-pending was run first.
 
 Usage:
     secondme_sync.py                    send what is pending; print nothing
@@ -32,18 +32,20 @@ of an event that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS be
 Anonymous means fewer fields and no device id. The token goes along all the same, so the
 server can tell whose events they are.
 
-Events go in the mode that is set when they are sent. Exception: some are always sent as
-anonymous, namely those that were pending when a run in anonymous mode began, and those
-in a log that was replaced.
+Events go in the mode that is set when they are sent. Two kinds go as anonymous, even in
+community mode:
+    - events that were pending when a run in anonymous mode began to send
+    - events in a log that was replaced, for they may have been sent as anonymous before
 
 Environment: some variables can lower the mode or switch telemetry off; see
 read_environment.
-Proxies and certificates are used as Python's urllib uses them, but no proxy for this
-machine.
+Proxies and certificates are used as Python's urllib uses them. But http to this
+machine, and https://localhost, never use a proxy.
 
 Words that this file uses:
     batch    up to 100 events, sent in one request
-    mark     how much of a log is done, and a checksum to tell whether it was replaced
+    mark     how much of a log is done, up to where its lines stay anonymous, and a
+             checksum to tell whether the log was replaced
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
     Stop     the exception that ends a run early, with a reason
 
@@ -62,10 +64,10 @@ if __name__ == "__main__":
     # for Python has loaded them already. (python3 -I guards against PYTHONPATH, too.)
     sys.path = [path for path in sys.path if path]
 
-    # Ctrl-C ends the program at once and without a traceback, unless the caller ignores
-    # it. There is nothing to tidy up: a kill or a power cut loses nothing. At most, the
-    # next run sends something again: one batch after a kill, and what this run has sent
-    # after a power cut.
+    # Ctrl-C ends the program at once and without a traceback. (Not if the caller
+    # ignores it. Then the handler is SIG_IGN.) There is nothing to tidy up: a kill or a
+    # power cut loses nothing. After a kill, the next run sends at most one batch again.
+    # After a power cut, it sends at most those batches again that this run has sent.
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -89,7 +91,6 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Mapping
     from typing import Optional, TextIO, Tuple, TypeVar
     from urllib.parse import SplitResult
-    from urllib.request import Request
 
     T = TypeVar("T")
 
@@ -111,8 +112,8 @@ FINGERPRINT_BYTES = 256
 # One disk sector.
 RECORD_BYTES = 512
 
-# The result that is saved when a run begins. It stands if the run is cut short, for the
-# contract has no word of its own for that.
+# A run that is not finished is recorded as network_error, for the contract has no word
+# of its own for that. If the run is cut short, this result stands.
 UNFINISHED = "network_error"
 
 RUN_SECONDS = 30  # see --max-time
@@ -138,16 +139,19 @@ COMMUNITY_FIELDS = {
     + ("session", "user_intent", "actions_summary", "error_summary", "comment"),
 }
 FIELDS = {"anonymous": ANONYMOUS_FIELDS, "community": COMMUNITY_FIELDS}
-# Sent for a field that is absent. A field that is null is never sent.
+# Sent for a field that is absent, as the contract's script does. A field that is null
+# is left out.
 DEFAULTS = {
     "skill": "secondme", "ts": "",
     "phases_used": [], "references_loaded": [], "issues": [],
 }  # type: Dict[str, Any]
 LOGS = ("usage", "feedback")  # analytics/<name>.jsonl
 
+# A message of -v, --status, --dry-run and --skip-pending.
 PASSED_OVER = "lines that hold no event and are ignored: {}"
 
-# The exceptions that end a request, in words for people.
+# In words for people, the exceptions that end a request. They are given by name, so
+# that socket and ssl need no import here. (TimeoutError was called timeout before.)
 FAILURES = {
     "gaierror": "the host was not found",
     "timeout": "no progress for too long",
@@ -157,7 +161,7 @@ FAILURES = {
 }
 
 # A base URL is https to any host, or plain http to this machine; then perhaps a port
-# and a path of printable ASCII. parse_endpoint() also refuses a query and a fragment.
+# and a path of printable ASCII. parse_endpoint() also refuses "?" and "#".
 BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 URL_PATTERN = (
     r"(https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
@@ -165,7 +169,8 @@ URL_PATTERN = (
     r"(:[0-9]+)?(/[!-~]*)?"
 )
 
-# Tuples with names.
+# Tuples with names. For type checkers, their fields are Any, hence str() and bool() in
+# some places.
 
 # mode: "community", "anonymous" or "off". reason: in words, what decided that.
 Consent = namedtuple("Consent", "mode reason")
@@ -175,17 +180,20 @@ Agreement = namedtuple("Agreement", "config token device_id")
 # as anonymous. fingerprint: a checksum of the log's beginning, None if not recorded.
 Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
 # A line of a log. begin, end: the offsets of its first byte and of the byte after it.
-# mode: what it may be sent as. event: the JSON object that it holds, or None. is_blank:
-# it is empty, and not to be counted as passed over.
+# mode: what it is sent as. event: the JSON object that it holds, or None. is_blank: it
+# is empty, and not to be counted as passed over.
 Line = namedtuple("Line", "log begin end mode event is_blank")
-# lines: up to 100 Lines with events, all of one mode. body: what is posted; empty if
-# there are no lines. ends: for each Log, the offset after the batch. passed_over: how
-# many lines hold no event, blank ones aside.
+# lines: up to 100 Lines with events, all of one mode; there may be none, if no line
+# holds an event. body: what is posted; empty if there are no lines. ends: a dictionary,
+# the offset after the batch for each Log. passed_over: how many lines hold no event,
+# blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
-# "refused" for a refused body. (--skip-pending records "skipped".) words: what
-# happened.
+# "refused" if the server refuses the body, which is not recorded but looked into.
+# words: what happened.
 Outcome = namedtuple("Outcome", "result words")
+# host: host and port. login: the value of the header Proxy-Authorization, or None.
+Proxy = namedtuple("Proxy", "host login")
 # retry_after: the header, or None.
 Response = namedtuple("Response", "status retry_after outcome")
 Options = namedtuple("Options", "action preview directory base_url max_time verbose")
@@ -205,8 +213,8 @@ class Stop(Exception):
 
 def open_regular(path: str) -> "BinaryIO":
     """Open a file to read; raise OSError if there is none, or no regular one."""
-    # To open a FIFO would block. A missing file is left to open().
-    if not os.path.isfile(path) and os.path.exists(path):
+    # To open a FIFO would block.
+    if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(0, "not a regular file")
     return open(path, "rb", BUFFER_BYTES)
 
@@ -253,7 +261,8 @@ def parse_object(text: str) -> "Optional[Dict[str, Any]]":
 def get(container: "Mapping[str, Any]", key: str, default: "T") -> "T":
     """Return the value under a key; default if it is missing or of another type."""
     value = container.get(key)
-    # isinstance would take True for a number.
+    # The type of default is the type asked for. isinstance would take True for a
+    # number.
     return value if type(value) is type(default) else default
 
 
@@ -342,17 +351,18 @@ def read_device_id(directory: str, mode: str) -> str:
     return device_id if device_id.isprintable() else ""
 
 
-def parse_endpoint(base_url: "Any") -> "SplitResult":
+def parse_endpoint(base_url: object) -> "SplitResult":
     """Return the split URL to post to; raise Stop if base_url must not be contacted."""
     import re
     import urllib.parse
 
     flags = re.ASCII | re.IGNORECASE
-    if isinstance(base_url, str) and re.fullmatch(URL_PATTERN, base_url, flags):
+    text = base_url if isinstance(base_url, str) else ""
+    if re.fullmatch(URL_PATTERN, text, flags) and "?" not in text and "#" not in text:
         # Some invalid hosts and ports match the pattern. urllib raises ValueError.
         with suppress(ValueError):
-            url = urllib.parse.urlsplit(base_url.rstrip("/") + EVENTS_PATH)
-            if url.port != 0 and not url.query and not url.fragment:
+            url = urllib.parse.urlsplit(text.rstrip("/") + EVENTS_PATH)
+            if url.port != 0:
                 return url
     # What stands before an "@" may be a password, and must not be shown.
     shown = json.dumps(base_url)
@@ -406,8 +416,9 @@ class Run:
     def has_time(self, delay: float = 0) -> bool:
         """Tell whether another request may begin after a delay.
 
-        If the end of a run cuts a request short, the next run sends it again. So none
-        but the first begins in the last third of a run.
+        None may begin in the last third of a run: the end of the run might cut it
+        short, and the next run would send it again. (The first request begins at any
+        time. See Sender.exchange.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -416,8 +427,11 @@ class Run:
 
     def find_unreadable(self) -> str:
         """Say that a log cannot be read, and why; "" if all can be, or do not exist."""
-        problems = (find_problem(self.log_path(name)) for name in LOGS)
-        return next(filter(None, problems), "")
+        for name in LOGS:
+            problem = find_problem(self.log_path(name))
+            if problem:
+                return problem
+        return ""
 
     def read_agreement(self) -> Agreement:
         """Return what must not change during a run, as it is now."""
@@ -431,13 +445,43 @@ class Run:
         """Return the split URL to post to; raise Stop if it must not be contacted.
 
         Unlike usual, config comes before the flag: the user writes config, and a skill
-        passes the flag. A baseUrl that is no text is refused, too.
+        passes the flag. A baseUrl that is no text, such as null, does not count as
+        missing; it is refused.
         """
         settings = parse_object(decode(self.config)) or {}
         return parse_endpoint(settings.get("baseUrl", self.base_url))
 
 
 # State: the record in .sync-offsets. Contract: Error Handling (Offsets), Rules.
+
+
+@contextmanager
+def stop_on_error(path: str) -> "Iterator[None]":
+    """Turn an OSError about .sync-offsets into a Stop.
+
+    What cannot be recorded must not be sent.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Stop(
+            f"progress cannot be recorded in {path}: {error.strerror}"
+        ) from None
+
+
+def write_all(file: "BinaryIO", data: bytes) -> None:
+    """Write data to an unbuffered file; raise OSError if not all of it is taken."""
+    if file.write(data) != len(data):
+        raise OSError(0, "only a part could be written")
+
+
+def flush_file(file: "BinaryIO") -> None:
+    """Get what was written to the disk, where the file system knows how."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 class State:
@@ -464,8 +508,9 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # Our record is the first 512 bytes, perhaps with the rest of a longer file
-        # behind it. If they are no JSON, another program wrote the file: parse it all.
+        # Our record is the first 512 bytes. (A longer file of another program may have
+        # been overwritten. Its rest is behind them until write() cuts it off.) If the
+        # first 512 bytes are no JSON, another program wrote the file: parse all of it.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         # (A blank file is an empty one: not broken.)
@@ -484,8 +529,8 @@ class State:
                     get_count(mark, "fingerprint"),
                 )
             else:
-                # The record is an older script's, or there is none yet, or no run has
-                # seen this log so far.
+                # There is no record yet, or it is an older script's, or this log was
+                # never opened (then save() has written null).
                 self.marks[name] = Mark(self.completed[name], 0, None)
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
@@ -511,9 +556,9 @@ class State:
             for name, mark in self.marks.items()
         }
         if flush:
-            # The logs come first. Otherwise a power cut could lose the last lines of a
-            # log and keep our offset. The next lines would land before that offset and
-            # never be sent.
+            # The logs are flushed first. Otherwise, a power cut could take the end of a
+            # log and leave our offset, which would then be beyond that end. The next
+            # lines would be written before the offset, and never be sent.
             for log in logs:
                 log.flush()
         with stop_on_error(self.path):
@@ -526,8 +571,8 @@ class State:
         write_all(self.file, record.ljust(RECORD_BYTES - 1) + b"\n")
         if flush:
             flush_file(self.file)
-            # Another program's file may be longer. It is cut off only now that our
-            # record is on the disk.
+            # Another program's file may be longer. Its rest is cut off only now that
+            # our record is on the disk. (The first save of each run flushes.)
             self.file.truncate(RECORD_BYTES)
 
 
@@ -541,8 +586,9 @@ def read_state(folder: str) -> State:
 def lock_state(folder: str) -> "Iterator[State]":
     """Open .sync-offsets and lock it; raise Stop if another run has."""
     path = os.path.join(folder, ".sync-offsets")
+    # An ExitStack closes the file, and lets the caller's code (at yield) be outside of
+    # stop_on_error.
     with ExitStack() as stack:
-        # The caller's code is outside of stop_on_error.
         with stop_on_error(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             # Unbuffered, so that a full disk shows when it is written, not in close().
@@ -551,20 +597,6 @@ def lock_state(folder: str) -> "Iterator[State]":
             prepare_file(file, folder)
             state = State(file, path)
         yield state
-
-
-@contextmanager
-def stop_on_error(path: str) -> "Iterator[None]":
-    """Turn an OSError about .sync-offsets into a Stop.
-
-    What cannot be recorded must not be sent.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise Stop(
-            f"progress cannot be recorded in {path}: {error.strerror}"
-        ) from None
 
 
 def lock_file(file: "BinaryIO") -> None:
@@ -577,7 +609,7 @@ def lock_file(file: "BinaryIO") -> None:
         if sys.platform == "win32":
             import msvcrt
 
-            # One byte, far from those that other programs read.
+            # One byte, far from those that other programs read. It need not exist.
             file.seek(1 << 30)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
@@ -591,38 +623,21 @@ def lock_file(file: "BinaryIO") -> None:
 
 
 def prepare_file(file: "BinaryIO", folder: str) -> None:
-    """Lengthen a short, not empty .sync-offsets to 512 bytes, and go to its beginning.
-
-    To overwrite and lengthen a file in one write is not safe in a power cut, which may
-    keep the new bytes but not the new length.
-    """
+    """Prepare .sync-offsets for the first write, and go to its beginning."""
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
+        # A write that lengthens the file is not safe: a power cut may keep the new
+        # bytes but not the new length. So blanks come first, which JSON ignores.
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
-        # A new file has no record to lose, but it survives a power cut only if its
-        # folder is flushed, too. Some systems cannot open a folder.
+        # A new file survives a power cut only if its folder is flushed, too. Some
+        # systems cannot open a folder.
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
     file.seek(0)
-
-
-def write_all(file: "BinaryIO", data: bytes) -> None:
-    """Write data to an unbuffered file; raise OSError if not all of it is taken."""
-    if file.write(data) != len(data):
-        raise OSError(0, "only a part could be written")
-
-
-def flush_file(file: "BinaryIO") -> None:
-    """Get what was written to the disk, where the file system knows how."""
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
 
 
 # Read: the logs, line by line.
@@ -644,31 +659,34 @@ class Log:
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
-        if mark.fingerprint is None:
-            is_same = mark.offset <= self.size
-        else:
-            fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
-            is_same = mark.fingerprint == fingerprint
-        if is_same:
-            # The log may have lost its end, though its beginning is the same.
-            self.offset = min(mark.offset, self.size)
-            self.anonymous_until = min(mark.anonymous_until, self.size)
-        else:
-            # The log was emptied or replaced, or its beginning was edited. Then it is
-            # read from its beginning. What it holds now may be what was skipped or sent
-            # as anonymous before, so it is sent as anonymous.
-            self.offset = 0
-            self.anonymous_until = self.size
+        if not self.fits(mark):
+            # The log was emptied or replaced, or its beginning was edited. So it is
+            # read from its beginning. Some of its lines may have been skipped or sent
+            # as anonymous before. Nobody can tell which, so all that it holds now is
+            # sent as anonymous.
+            mark = Mark(0, self.size, None)
+        # A log that fits may have lost its end.
+        self.offset = min(mark.offset, self.size)
+        self.anonymous_until = min(mark.anonymous_until, self.size)
         if mode == "anonymous":
             # Once this is saved, what is pending now stays anonymous, even if this run
             # cannot send it and the user agrees to community mode before the next.
             self.anonymous_until = self.size
 
+    def fits(self, mark: Mark) -> bool:
+        """Tell whether a mark was saved for this log, as far as that can be known."""
+        if mark.fingerprint is None:
+            # An older script knew only the offset. A log that is shorter is another
+            # one.
+            return bool(mark.offset <= self.size)
+        fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
+        return bool(fingerprint == mark.fingerprint)
+
     def fingerprint(self, offset: int, anonymous_until: int) -> int:
         """Return a checksum of the log's first 256 bytes, or of fewer.
 
-        Only bytes before the larger of the two offsets count. They were there when the
-        mark was saved; others may have come later.
+        Only bytes that were there when the mark was saved may count, for a log grows.
+        All bytes before the offsets of the mark were there.
         """
         return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
@@ -684,8 +702,9 @@ class Log:
             os.fsync(self.file.fileno())
 
     def read_line(self, limit: int) -> bytes:
-        """Return the next line, b"" at the end of the log. limit: what is left of it.
+        """Return the next line, b"" at the end of the log.
 
+        limit: how many bytes of the log are left.
         A line longer than 1 MiB comes in pieces, one a call. Only the last of them ends
         with a newline.
         """
@@ -708,8 +727,8 @@ class Log:
     def lines(self, offset: int) -> "Iterator[Line]":
         """Yield the lines from an offset on, with event None if a line has no object.
 
-        The last line needs no newline if it is a whole JSON object. Otherwise it is
-        unfinished, and left to the next run.
+        The last line needs no newline if it is a whole JSON object of at most 1 MiB.
+        Otherwise it is unfinished, and left to the next run.
         """
         end = self.file.seek(offset)
         while end < self.size:
@@ -717,16 +736,17 @@ class Log:
             data = self.read_line(self.size - begin)
             end = begin + len(data)
             has_newline = data.endswith(b"\n")
+            # (A line of 1 MiB has its newline behind that.)
             is_too_long = len(data) > MAX_LINE_BYTES and not has_newline
             text = decode(data, errors="replace")
             event = None if is_too_long else parse_object(text)
-            if event is None and not has_newline:
-                # The first piece of a line that is too long, or an unfinished line, of
-                # which there is no rest.
-                rest = self.skip_rest(end)
-                if rest is None:
+            if is_too_long:
+                line_end = self.skip_rest(end)
+                if line_end is None:
                     return
-                end = rest
+                end = line_end
+            elif event is None and not has_newline:
+                return
             # THE decision on privacy: the mode that a line is sent in.
             mode = "anonymous" if begin < self.anonymous_until else self.mode
             is_blank = not text and not is_too_long
@@ -742,6 +762,8 @@ def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
     with ExitStack() as stack:
         logs = []
         for name in LOGS:
+            # A log that cannot be opened is left out, and its mark stays. Callers say
+            # so.
             with suppress(OSError):
                 file = stack.enter_context(open_regular(run.log_path(name)))
                 logs.append(Log(name, file, state.marks[name], mode))
@@ -752,15 +774,15 @@ def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
 # Mode Stripping.
 
 
-def shape_event(mode: str, log: str, event: "Mapping[str, Any]") -> "Dict[str, Any]":
+def shape_event(
+    mode: str, log_name: str, event: "Mapping[str, Any]"
+) -> "Dict[str, Any]":
     """Return what is sent of an event: the fields that a mode allows, without nulls."""
-    payload = {"type": log}  # type: Dict[str, Any]
-    for field in FIELDS[mode][log]:
-        value = event.get(field)
+    payload = {"type": log_name}  # type: Dict[str, Any]
+    for field in FIELDS[mode][log_name]:
+        value = event.get(field, DEFAULTS.get(field))
         if value is not None:
             payload[field] = value
-        elif field in DEFAULTS and field not in event:
-            payload[field] = DEFAULTS[field]
     return payload
 
 
@@ -804,17 +826,18 @@ def read_batch(
 ) -> "Optional[Batch]":
     """Return the next events of one mode; None if nothing follows.
 
-    starts: by Log, the offset to begin at. One log is read after the other.
+    starts: by Log, the offset to begin at. One log is read after the other. The batch
+    also covers lines without an event; there may be no others.
     """
     lines = []  # type: List[Line]
     ends = dict(starts)
-    size = 0
+    taken_bytes = 0
     passed_over = 0
     all_lines = (log.lines(offset) for log, offset in starts.items())
     for line in chain.from_iterable(all_lines):
         line_size = line.end - line.begin
         # The first line is taken even if it is larger.
-        if size and size + line_size > BATCH_BYTES:
+        if taken_bytes and taken_bytes + line_size > BATCH_BYTES:
             break
         if line.event is not None:
             if len(lines) == max_events or (lines and line.mode != lines[0].mode):
@@ -822,9 +845,9 @@ def read_batch(
             lines.append(line)
         elif not line.is_blank:
             passed_over += 1
-        size += line_size
+        taken_bytes += line_size
         ends[line.log] = line.end
-    if size == 0:
+    if taken_bytes == 0:
         return None
     return encode_batch(Batch(lines, b"", ends, passed_over), device_id)
 
@@ -834,11 +857,12 @@ def get_offsets(logs: "List[Log]") -> "Dict[Log, int]":
     return {log: log.offset for log in logs}
 
 
-def pending_batches(logs: "List[Log]", device_id: str) -> "Iterator[Batch]":
-    """Yield all that is pending, in the batches that a run would send."""
-    starts = get_offsets(logs)
+def read_batches(
+    starts: "Dict[Log, int]", max_events: int, device_id: str
+) -> "Iterator[Batch]":
+    """Yield one batch after the other, each as read_batch() returns it."""
     while True:
-        batch = read_batch(starts, BATCH_EVENTS, device_id)
+        batch = read_batch(starts, max_events, device_id)
         if batch is None:
             return
         yield batch
@@ -870,25 +894,29 @@ def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
     return Outcome("server_error" if code else "ok", f"code {code}")
 
 
-def retry_delay(response: Response, now: float) -> "Optional[float]":
-    """Return the seconds to wait before the one retry, None for no retry.
+def parse_retry_after(text: str, now: float) -> "Optional[float]":
+    """Return the seconds that a Retry-After asks for, None if it cannot be read.
 
-    now is in seconds since 1970: Retry-After may be a date.
+    It is a number of seconds, or a date. now is in seconds since 1970.
     """
     import email.utils
 
-    if response.status != 429:
-        return RETRY_SECONDS.get(response.status)
-    delay = float(RETRY_SECONDS[429])
-    text = response.retry_after or ""
-    # A date, or a number of seconds. For bad dates, the parser raises errors of many
-    # kinds, even UnboundLocalError.
+    with suppress(ValueError):
+        return int(text)
+    # The parser raises errors of many kinds for bad dates, even UnboundLocalError.
     with suppress(Exception):
         date = email.utils.parsedate_tz(text)
-        delay = email.utils.mktime_tz(date) - now if date else delay
-    with suppress(ValueError):
-        delay = int(text)
-    return min(max(delay, 0), MAX_DELAY_SECONDS)
+        return email.utils.mktime_tz(date) - now if date else None
+    return None
+
+
+def retry_delay(response: Response, now: float) -> "Optional[float]":
+    """Return the seconds to wait before the one retry, None for no retry."""
+    delay = RETRY_SECONDS.get(response.status)
+    if response.status != 429:
+        return delay
+    asked = parse_retry_after(response.retry_after or "", now)
+    return delay if asked is None else min(max(asked, 0), MAX_DELAY_SECONDS)
 
 
 def connect(address: "Tuple[str, int]", *_: object) -> "socket":
@@ -907,25 +935,30 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
     return sock
 
 
-def apply_proxy(url: "SplitResult") -> "Request":
-    """Return a urllib request for an https URL.
+def find_proxy(url: "SplitResult") -> "Optional[Proxy]":
+    """Return the Proxy for a URL, None if there is none.
 
-    Its host is that of the proxy if one applies, or else that of the URL. Proxies are
-    those of the environment and the system, as urllib understands them.
+    Proxies are those of the environment and the system, as urllib understands them.
     """
+    if url.scheme == "http" or url.hostname == "localhost":
+        # This machine. To a proxy, localhost would be the proxy's own machine.
+        return None
     import urllib.request
 
-    request = urllib.request.Request(url.geturl())
     # ProxyHandler has a method https_open() if there is a proxy for https. In spite of
-    # its name it opens nothing: it calls request.set_proxy(), and adds the login for
-    # the proxy as a header. If no_proxy names the server, it does nothing.
+    # its name it opens nothing: it sets the host of the request to that of the proxy,
+    # and adds the login for the proxy as a header. If no_proxy names the server, it
+    # does nothing.
+    request = urllib.request.Request(url.geturl())
     handler = urllib.request.ProxyHandler()
     if hasattr(handler, "https_open"):
         handler.https_open(request)
-    return request
+    if request.host == url.netloc:
+        return None
+    return Proxy(request.host, request.get_header("Proxy-authorization"))
 
 
-def make_connection(url: "SplitResult") -> "HTTPConnection":
+def make_connection(url: "SplitResult", proxy: "Optional[Proxy]") -> "HTTPConnection":
     """Return a connection that is not open yet, with TLS unless the URL is plain http.
 
     http.client verifies the server's certificate and name. With a proxy, TLS runs from
@@ -935,16 +968,12 @@ def make_connection(url: "SplitResult") -> "HTTPConnection":
 
     if url.scheme == "http":
         connection = http.client.HTTPConnection(url.netloc)
-    elif url.hostname == "localhost":
-        # To a proxy, localhost would be the proxy's own machine.
+    elif proxy is None:
         connection = http.client.HTTPSConnection(url.netloc)
     else:
-        request = apply_proxy(url)
-        connection = http.client.HTTPSConnection(request.host)
-        if request.host != url.netloc:
-            login = request.get_header("Proxy-authorization")
-            headers = {"Proxy-Authorization": login} if login else {}
-            connection.set_tunnel(url.hostname or "", url.port or 443, headers)
+        connection = http.client.HTTPSConnection(proxy.host)
+        headers = {"Proxy-Authorization": proxy.login} if proxy.login else {}
+        connection.set_tunnel(url.hostname or "", url.port or 443, headers)
     connection.blocksize = BUFFER_BYTES
     # http.client has no public way to set the time limits of connect().
     connection._create_connection = connect  # type: ignore[attr-defined]
@@ -980,21 +1009,20 @@ class Sender:
 
         url = run.endpoint()
         self.run = run
-        # run.config, not config as it is now: if it was edited in between,
+        # config as it was when the run decided on consent. If it was edited since then,
         # check_agreement() must see that.
         self.agreement = run.read_agreement()._replace(config=run.config)
         self.path = url.path
         self.has_begun = False
         try:
-            self.connection = make_connection(url)
+            proxy = find_proxy(url)
+            self.connection = make_connection(url, proxy)
         except (OSError, ValueError, http.client.HTTPException) as error:
             name = type(error).__name__
             raise Stop(f"TLS or the proxy cannot be set up ({name})") from None
         self.server = url.netloc
-        # In a tunnel, the connection's host is the proxy.
-        if self.connection.host.lower() != url.hostname:
-            proxy = f"{self.connection.host}:{self.connection.port}"
-            self.server += " through the proxy " + proxy
+        if proxy:
+            self.server += " through the proxy " + proxy.host
 
     def close(self) -> None:
         self.connection.close()
@@ -1005,13 +1033,11 @@ class Sender:
         delay = retry_delay(response, time.time())
         if delay is not None and self.run.has_time(delay):
             self.run.say(f"retry in {delay:.0f} s")
-            try:
+            # Some sandboxes refuse to sleep. Then the first answer counts.
+            with suppress(OSError):
                 self.run.sleep(delay)
-            except OSError:
-                # Some sandboxes refuse it. The first answer counts.
-                return str(response.outcome.result)  # Any to mypy
-            response = self.request(body)
-        return str(response.outcome.result)  # Any to mypy
+                response = self.request(body)
+        return str(response.outcome.result)
 
     def request(self, body: bytes) -> Response:
         """Make a request; raise Stop if no answer comes."""
@@ -1043,6 +1069,7 @@ class Sender:
             try:
                 return self.exchange(body)
             except socket.timeout:
+                # The connection is open, and the server may be at work on the request.
                 raise
             except OSError:
                 pass
@@ -1054,11 +1081,10 @@ class Sender:
 
     def exchange(self, body: bytes) -> Response:
         """Make a request over the open connection."""
-        import http.client
-
         # Again: to connect may have taken seconds.
         self.check_agreement()
-        # The first request begins in any case, or a short run would never send any.
+        # The first request of a run begins in any case. Otherwise, a run that has
+        # little time would never send any.
         if self.has_begun and not self.run.has_time():
             raise Stop("the time of this run is used up; the next run goes on")
         self.has_begun = True
@@ -1073,15 +1099,26 @@ class Sender:
             # own. Bytes would go out in one sendall(), with one limit for all of them.
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
-            # The server may have answered before it had read the whole body. Then its
-            # answer is there already.
-            with suppress(OSError, http.client.HTTPException):
-                self.connection.sock.settimeout(0.1)
-                response = self.read_response()
-                self.connection.close()
-                return response
-            raise
+            response = self.read_early_response()
+            if response is None:
+                raise
+            return response
         return self.read_response()
+
+    def read_early_response(self) -> "Optional[Response]":
+        """Return an answer that came before the whole body was sent, None for none.
+
+        Many gateways answer early, and close the connection, which ends the sending.
+        """
+        import http.client
+
+        with suppress(OSError, http.client.HTTPException):
+            # If there is an answer, it is there already.
+            self.connection.sock.settimeout(0.1)
+            response = self.read_response()
+            self.connection.close()
+            return response
+        return None
 
     def check_agreement(self) -> None:
         """Raise Stop if config, token or device id has changed since it was read."""
@@ -1115,7 +1152,8 @@ class Sender:
         if 200 <= reply.status < 300:
             answer = parse_object(decode(read_body(reply)))
         if answer is None:
-            # What is left of the body might be taken for the next response.
+            # The body was perhaps not read to its end. What is left of it might be
+            # taken for the next response.
             self.connection.close()
         retry_after = reply.getheader("Retry-After")
         return Response(reply.status, retry_after, classify(reply.status, answer))
@@ -1126,12 +1164,14 @@ def read_body(reply: "HTTPResponse") -> bytes:
     import http.client
 
     with suppress(OSError, http.client.HTTPException):
-        # Not read(): after a chunk of length -1, it would read without an end.
+        # Not read(), which has no end if a chunk claims to have a length of -1.
         data = bytearray(MAX_SMALL_BYTES)
         size = reply.readinto(data)
+        # Try to read one byte more.
         is_longer = reply.readinto(bytearray(1)) > 0
-        # The bytes that are announced and still to come, None if none are announced. If
-        # the connection breaks, readinto() does not raise, and this stays above 0.
+        # If the connection breaks, readinto() raises for a chunked body only. For
+        # others, it leaves in length how many of the announced bytes have not come.
+        # (None if none were announced.)
         is_cut_off = bool(reply.length)
         if not is_longer and not is_cut_off:
             return bytes(data[:size])
@@ -1141,7 +1181,7 @@ def read_body(reply: "HTTPResponse") -> bytes:
 # The run, and the other things that the command line offers.
 
 
-def check(run: Run) -> None:
+def check_prerequisites(run: Run) -> None:
     """Raise Stop unless there is consent, a token, and something to send or record.
 
     Contract: Prerequisites.
@@ -1155,8 +1195,8 @@ def check(run: Run) -> None:
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
-            # completed is behind if an earlier run was cut short after its last batch.
-            # Then there is nothing to send, but its end is to be recorded.
+            # If an earlier run was cut short after its last batch, its mark moved, but
+            # completed did not. Then nothing is to be sent, but its end to be recorded.
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_unreadable() or "nothing is pending")
@@ -1185,7 +1225,9 @@ class Delivery:
             if batch is None:
                 return "ok"
             result = self.send(batch)
-            if result == "refused":
+            if result == "refused" and len(batch.lines) == 1:
+                result = self.leave_out(batch, has_proof=False)
+            elif result == "refused":
                 result = self.search(batch)
             if result != "ok":
                 return result
@@ -1196,7 +1238,7 @@ class Delivery:
 
     def send(self, batch: Batch) -> str:
         """Post a batch; if it is accepted, record that. Return the result."""
-        # Without a body, there are only lines to pass over.
+        # A batch without a body is not posted: its lines hold no event.
         result = self.sender.post(batch.body) if batch.body else "ok"
         if result == "ok":
             self.advance(batch)
@@ -1213,33 +1255,35 @@ class Delivery:
             self.say(PASSED_OVER.format(batch.passed_over))
 
     def search(self, batch: Batch) -> str:
-        """Search for the event that makes the server refuse a batch; return the result.
+        """Search a refused batch for the event that is at fault; return the result.
 
-        The batch is posted in halves. Once a half is refused, its events are the
-        suspects, and it is posted in halves, and so on: until a batch is refused that
-        holds a single event, or all suspects are accepted. Then it was the size.
+        The batch is posted in halves. If a half is refused, that half is posted in
+        halves, and so on, until a single event is refused. For example, if the server
+        refuses the third of four events, the requests are: 1 2 3 4, 1 2, 3 4, 3.
+
+        If all parts are accepted, the batch was too large. Then the rest of the run
+        uses batches of the last size.
         """
-        if len(batch.lines) == 1:
-            return self.leave_out(batch, has_proof=False)
-        # How many suspects are not accepted yet. They come next in the logs.
-        suspects_left = len(batch.lines)
-        half = suspects_left // 2
+        # How many events of the last refused batch come next.
+        suspects = len(batch.lines)
+        half = suspects // 2
         has_proof = False
-        while suspects_left > 0:
-            smaller = self.next_batch(min(suspects_left, half))
-            if smaller is None:  # the log has become shorter
+        while suspects > 0:
+            smaller = self.next_batch(min(suspects, half))
+            if smaller is None:  # the log has lost its end
                 return "ok"
             result = self.send(smaller)
             if result == "ok":
-                suspects_left -= len(smaller.lines)
+                suspects -= len(smaller.lines)
+                # A batch without events was not posted, and proves nothing.
                 has_proof = has_proof or bool(smaller.lines)
             elif result != "refused":
                 return result
             elif len(smaller.lines) == 1:
                 return self.leave_out(smaller, has_proof)
             else:
-                suspects_left = len(smaller.lines)
-                half = suspects_left // 2
+                suspects = len(smaller.lines)
+                half = suspects // 2
         self.max_events = half
         return "ok"
 
@@ -1262,37 +1306,35 @@ class Delivery:
         result = self.send_behind(lone)
         if result == "ok":
             self.say(left_out)
-        elif result in ("refused", ""):
+        elif result in ("refused", None):
             result = "server_error"
             self.say(words + "; it stays pending, and all behind it")
         return result
 
-    def send_behind(self, lone: Batch) -> str:
-        """Post the event behind a lone one; return the result, "" if there is no event.
+    def send_behind(self, lone: Batch) -> "Optional[str]":
+        """Post the event behind a lone one; return the result, None for no event.
 
-        If it is accepted, both are done, so the lone one is left out.
+        If it is accepted, all up to its end is recorded as done, so the lone event is
+        left out.
         """
         passed_over = lone.passed_over
-        batch = read_batch(lone.ends, 1, self.device_id)
-        while batch is not None and not batch.body:
+        for batch in read_batches(lone.ends, 1, self.device_id):
             passed_over += batch.passed_over
-            batch = read_batch(batch.ends, 1, self.device_id)
-        if batch is None:
-            return ""
-        passed_over += batch.passed_over
-        return self.send(batch._replace(passed_over=passed_over))
+            if batch.body:
+                return self.send(batch._replace(passed_over=passed_over))
+        return None
 
 
 def sync(run: Run) -> None:
     """Send what is pending, record what was accepted. Contract: Sync Implementation."""
-    check(run)
+    check_prerequisites(run)
     problem = run.find_unreadable()
     if problem:
         # It does not hold up the other log.
         run.say(problem)
     with lock_state(run.analytics) as state, open_logs(run, state, run.mode) as logs:
-        # Recorded in advance: a run that cannot record must not send, and this is the
-        # result that stands if the run is cut short.
+        # Saved in advance: a run that cannot record must not send, and this is the
+        # result that stands if the run is cut short, or if a Stop ends it.
         result = UNFINISHED
         state.save(logs, result, flush=True)
         try:
@@ -1303,14 +1345,15 @@ def sync(run: Run) -> None:
 
 
 def limit_time(run: Run) -> None:
-    """Let this process end when its time is up, whatever it is doing.
+    """Let this process end after max_time from now, whatever it is doing.
 
-    Only the command line calls this, for the limits belong to the process.
+    Only the command line calls this, for the limits belong to the process. They are for
+    runs that send, not for --status and the like.
     """
     import _thread  # threading would take 1 ms
     import faulthandler
 
-    # The wait is for a lock that nobody releases: some sandboxes refuse time.sleep().
+    # To wait for this lock, which nobody releases, is a sleep that no sandbox refuses.
     never_free = _thread.allocate_lock()
     never_free.acquire()
 
@@ -1321,8 +1364,9 @@ def limit_time(run: Run) -> None:
 
     _thread.start_new_thread(watch, ())
     # OpenSSL may block while it holds the interpreter's lock, and then no Python thread
-    # runs. This timer needs no interpreter. It ends the process with exit code 1.
-    # faulthandler keeps the file open.
+    # runs. This timer needs no interpreter. It ends the process with exit code 1, after
+    # it has written a traceback, which nobody needs, into the null device. faulthandler
+    # keeps that open.
     null = open(os.devnull, "wb")  # noqa: SIM115
     faulthandler.dump_traceback_later(run.max_time + 1, exit=True, file=null)
 
@@ -1335,8 +1379,8 @@ def sync_in_foreground(run: Run) -> None:
 
 def find_script() -> str:
     """Return the path of this script, "" if it was piped in."""
-    # If it was, __file__ is missing or "<stdin>". A file of that name in the working
-    # directory may be anybody's.
+    # If the script was piped in, __file__ is missing or "<stdin>". (A file named
+    # "<stdin>" in the working directory may be anybody's.)
     script = str(globals().get("__file__", "<stdin>"))
     if script == "<stdin>" or not os.path.isfile(script):
         return ""
@@ -1346,7 +1390,7 @@ def find_script() -> str:
 
 def sync_in_background(run: Run) -> None:
     """Sync in a process that outlives this one, if there is something to do."""
-    check(run)
+    check_prerequisites(run)
     script = find_script()
     if script and sys.executable:
         command = [sys.executable, "-I", script]
@@ -1390,7 +1434,8 @@ def fork_detached(folder: str) -> bool:
     """Fork, as a daemon does. Return True in the new process, False in this one."""
     import warnings
 
-    # Never true here: it keeps type checkers from looking for fork on Windows.
+    # For type checkers, which would miss fork on Windows. The caller does not get here
+    # there.
     if sys.platform == "win32":
         return False
     # Python 3.12 and newer warn of a fork beside a thread, which a start-up file of
@@ -1423,6 +1468,7 @@ def show(text: str, stream: "Optional[TextIO]") -> None:
     """
     if stream is None:
         return
+    # json.dumps() turns a character into an escape, between quotes.
     printable = "".join(
         char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1]
         for char in text
@@ -1455,10 +1501,11 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     counts = dict.fromkeys(LOGS, 0)
     as_anonymous = 0
     passed_over = 0
-    for batch in pending_batches(logs, ""):
+    for batch in read_batches(get_offsets(logs), BATCH_EVENTS, ""):
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
+            # This can differ only if the log was opened in community mode.
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
@@ -1505,7 +1552,7 @@ def show_status(run: Run) -> None:
 
 def print_pending(run: Run) -> None:
     """Print yes if a sync would have something to do. If not, main() prints no."""
-    check(run)
+    check_prerequisites(run)
     write_line(b"yes")
 
 
@@ -1519,7 +1566,7 @@ def dry_run(run: Run, preview: str) -> None:
         if run.mode == "off":
             hint = "--dry-run anonymous or --dry-run community shows what would be sent"
             raise Stop(f"telemetry is off: {run.reason} ({hint})")
-        check(run)
+        check_prerequisites(run)
         mode = run.mode
         text = f"{mode} mode, to {run.endpoint().geturl()}"
     else:
@@ -1527,7 +1574,8 @@ def dry_run(run: Run, preview: str) -> None:
         text += f" ({run.reason})"
     with open_logs(run, read_state(run.analytics), mode) as logs:
         show(f"secondme_sync: {text}: {describe_pending(run, logs)}", sys.stderr)
-        for batch in pending_batches(logs, read_device_id(run.directory, mode)):
+        device_id = read_device_id(run.directory, mode)
+        for batch in read_batches(get_offsets(logs), BATCH_EVENTS, device_id):
             if batch.body:
                 print_body(batch.body)
 
@@ -1535,8 +1583,9 @@ def dry_run(run: Run, preview: str) -> None:
 def skip_pending(run: Run) -> None:
     """Mark what is logged so far as never to be sent, in any mode.
 
-    But if the first 256 bytes of a log change later, all of it is pending again, and
-    sent as anonymous. If .sync-offsets is lost, all is pending in the mode that is set.
+    This holds as long as .sync-offsets and the first 256 bytes of each log are left
+    alone. If the first bytes of a log change, all of it is pending again, and sent as
+    anonymous. If .sync-offsets is lost, all is pending in the mode that is set.
     """
     if not os.path.isdir(run.directory):
         raise Stop(f"there is no directory {run.directory} yet")
@@ -1546,7 +1595,8 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    # The mode matters only to the count: nothing before log.size will ever be sent.
+    # Community, to count what the marks keep anonymous. It makes no other difference:
+    # nothing before log.size will ever be sent.
     with lock_state(run.analytics) as state, open_logs(run, state, "community") as logs:
         pending = describe_pending(run, logs)
         for log in logs:
@@ -1641,6 +1691,7 @@ def parse_args(argv: "List[str]") -> Options:
         parser.error("--max-time must be above 0, and a day at most")
     if options.preview:
         options.action = "dry-run"
+    # The parser names what it stores as Options names its fields.
     return Options(**vars(options))
 
 
