@@ -105,8 +105,10 @@ BATCH_BYTES = 128 * 1024
 MAX_LINE_BYTES = 1024 * 1024
 # The most that is read of a file other than a log, or of a response.
 MAX_SMALL_BYTES = 64 * 1024
-# The size of one read of a file, and of one write of a body.
+# The size of one read of a file.
 BUFFER_BYTES = 32 * 1024
+# The size of one write of a body. Each must succeed within IDLE_SECONDS.
+BLOCK_BYTES = 8 * 1024
 # The beginning of a log, which tells whether it was replaced.
 FINGERPRINT_BYTES = 256
 # One disk sector.
@@ -115,6 +117,13 @@ RECORD_BYTES = 512
 # A run that is not finished is recorded as network_error, for the contract has no word
 # of its own for that. If the run is cut short, this result stands.
 UNFINISHED = "network_error"
+
+# What --status adds to a result.
+RESULTS = {
+    "auth_failed": " (the server does not accept the token: log in again)",
+    "server_error": " (the server refused; the next run tries again)",
+    UNFINISHED: " (not finished: no usable answer, ended early, or still at work)",
+}
 
 RUN_SECONDS = 30  # see --max-time
 MAX_RUN_SECONDS = 24 * 60 * 60
@@ -154,10 +163,12 @@ PASSED_OVER = "lines that hold no event and are ignored: {}"
 # that socket and ssl need no import here. (TimeoutError was called timeout before.)
 FAILURES = {
     "gaierror": "the host was not found",
+    "ConnectionRefusedError": "nothing answers at that port",
     "timeout": "no progress for too long",
     "TimeoutError": "no progress for too long",
     "SSLError": "TLS failed",
-    "SSLCertVerificationError": "TLS failed",
+    "SSLCertVerificationError": "the certificate of the server is not trusted",
+    "BadStatusLine": "the answer is not HTTP",
 }
 
 # A base URL is https to any host, or plain http to this machine; then perhaps a port
@@ -313,13 +324,13 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
 
     for name, value in environment.items():
         if name != "SM_TEL" and value not in ("", "0", "false"):
-            return Consent("off", f"{name} is {json.dumps(value)}")
+            return Consent("off", f"{name} is {json.dumps(value)}, {reason}")
     limit = environment.get("SM_TEL", "")
     if limit not in ("", "anonymous", "community"):
         words = "" if limit == "off" else ", which is no mode"
-        return Consent("off", f"SM_TEL is {json.dumps(limit)}{words}")
+        return Consent("off", f"SM_TEL is {json.dumps(limit)}{words}, {reason}")
     if limit == "anonymous" and mode == "community":
-        return Consent("anonymous", 'SM_TEL is "anonymous"')
+        return Consent("anonymous", 'SM_TEL is "anonymous", ' + reason)
     return Consent(mode, reason)
 
 
@@ -351,8 +362,11 @@ def read_device_id(directory: str, mode: str) -> str:
     return device_id if device_id.isprintable() else ""
 
 
-def parse_endpoint(base_url: object) -> "SplitResult":
-    """Return the split URL to post to; raise Stop if base_url must not be contacted."""
+def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
+    """Return the split URL to post to; raise Stop if base_url must not be contacted.
+
+    origin: in words, where base_url comes from.
+    """
     import re
     import urllib.parse
 
@@ -369,10 +383,9 @@ def parse_endpoint(base_url: object) -> "SplitResult":
     if "@" in shown:
         shown = '"...@' + shown.rpartition("@")[2]
     raise Stop(
-        f"the base URL {shown[:200]} is refused (baseUrl in config, or --base-url): "
-        "it must be https://HOST, or http:// with localhost, 127.x.x.x or [::1]; a "
-        'port must be valid; it must have no user, blanks, "?", "#" and no characters '
-        "beyond ASCII"
+        f"{origin} is refused: {shown[:200]}; it must be https://HOST, or http:// with "
+        "localhost, 127.x.x.x or [::1]; a port must be valid; it must have no user, "
+        'blanks, "?", "#" and no characters beyond ASCII'
     )
 
 
@@ -449,7 +462,9 @@ class Run:
         missing; it is refused.
         """
         settings = parse_object(decode(self.config)) or {}
-        return parse_endpoint(settings.get("baseUrl", self.base_url))
+        if "baseUrl" in settings:
+            return parse_endpoint(settings["baseUrl"], "baseUrl in config")
+        return parse_endpoint(self.base_url, "--base-url")
 
 
 # State: the record in .sync-offsets. Contract: Error Handling (Offsets), Rules.
@@ -974,7 +989,7 @@ def make_connection(url: "SplitResult", proxy: "Optional[Proxy]") -> "HTTPConnec
         connection = http.client.HTTPSConnection(proxy.host)
         headers = {"Proxy-Authorization": proxy.login} if proxy.login else {}
         connection.set_tunnel(url.hostname or "", url.port or 443, headers)
-    connection.blocksize = BUFFER_BYTES
+    connection.blocksize = BLOCK_BYTES
     # http.client has no public way to set the time limits of connect().
     connection._create_connection = connect  # type: ignore[attr-defined]
     return connection
@@ -989,7 +1004,11 @@ def explain_failure(error: Exception) -> str:
     if refusal:
         return "the proxy refused the tunnel with HTTP " + refusal.group(1)
     name = type(error).__name__
-    return f"{FAILURES.get(name, 'no answer')} ({name})"
+    words = FAILURES.get(name, "no usable answer")
+    unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH)
+    if isinstance(error, OSError) and error.errno in unreachable:
+        words = "the network cannot be reached"
+    return f"{words} ({name})"
 
 
 class Sender:
@@ -1000,7 +1019,7 @@ class Sender:
 
     agreement  config as read when consent was decided; token and device id as read
                when this object was made
-    server     host and port, and the proxy's, for messages
+    server     the URL, and the proxy, for messages
     has_begun  whether a request was begun
     """
 
@@ -1020,39 +1039,40 @@ class Sender:
         except (OSError, ValueError, http.client.HTTPException) as error:
             name = type(error).__name__
             raise Stop(f"TLS or the proxy cannot be set up ({name})") from None
-        self.server = url.netloc
+        self.server = url.geturl()
         if proxy:
             self.server += " through the proxy " + proxy.host
 
     def close(self) -> None:
         self.connection.close()
 
-    def post(self, body: bytes) -> str:
-        """Post a body, and once more if the status says so; return the result."""
-        response = self.request(body)
+    def post(self, batch: Batch) -> str:
+        """Post a batch, and once more if the status says so; return the result."""
+        response = self.request(batch)
         delay = retry_delay(response, time.time())
         if delay is not None and self.run.has_time(delay):
             self.run.say(f"retry in {delay:.0f} s")
             # Some sandboxes refuse to sleep. Then the first answer counts.
             with suppress(OSError):
                 self.run.sleep(delay)
-                response = self.request(body)
+                response = self.request(batch)
         return str(response.outcome.result)
 
-    def request(self, body: bytes) -> Response:
+    def request(self, batch: Batch) -> Response:
         """Make a request; raise Stop if no answer comes."""
         import http.client
 
         try:
-            response = self.attempt(body)
+            response = self.attempt(batch.body)
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.connection.close()
             reason = explain_failure(error)
             raise Stop(f"network_error at {self.server}: {reason}") from None
         result, words = response.outcome
+        mode = batch.lines[0].mode
         self.run.say(
-            f"{len(body)} bytes to {self.server}: "
-            f"HTTP {response.status}, {words} ({result})"
+            f"batch of {len(batch.lines)} ({mode} mode, {len(batch.body)} bytes) "
+            f"to {self.server}: HTTP {response.status}, {words} ({result})"
         )
         return response
 
@@ -1086,7 +1106,7 @@ class Sender:
         # The first request of a run begins in any case. Otherwise, a run that has
         # little time would never send any.
         if self.has_begun and not self.run.has_time():
-            raise Stop("the time of this run is used up; the next run goes on")
+            raise Stop("too little time is left for a request; the next run goes on")
         self.has_begun = True
         headers = {
             "Authorization": "Bearer " + self.agreement.token,
@@ -1239,7 +1259,7 @@ class Delivery:
     def send(self, batch: Batch) -> str:
         """Post a batch; if it is accepted, record that. Return the result."""
         # A batch without a body is not posted: its lines hold no event.
-        result = self.sender.post(batch.body) if batch.body else "ok"
+        result = self.sender.post(batch) if batch.body else "ok"
         if result == "ok":
             self.advance(batch)
         return result
@@ -1257,12 +1277,10 @@ class Delivery:
     def search(self, batch: Batch) -> str:
         """Search a refused batch for the event that is at fault; return the result.
 
-        The batch is posted in halves. If a half is refused, that half is posted in
-        halves, and so on, until a single event is refused. For example, if the server
-        refuses the third of four events, the requests are: 1 2 3 4, 1 2, 3 4, 3.
-
-        If all parts are accepted, the batch was too large. Then the rest of the run
-        uses batches of the last size.
+        The batch is posted in halves, a refused half in halves, and so on, until a
+        single event is refused. For example, if the server refuses the third of four
+        events, the requests are: 1 2 3 4, 1 2, 3 4, 3. If all parts are accepted, the
+        batch was too large, and the rest of the run uses batches of the last size.
         """
         # How many events of the last refused batch come next.
         suspects = len(batch.lines)
@@ -1340,6 +1358,8 @@ def sync(run: Run) -> None:
         try:
             with closing(Sender(run)) as sender:
                 result = Delivery(run, state, logs, sender).deliver()
+            rest = "" if result == "ok" else "; what is not accepted stays pending"
+            run.say(f"the run ends: {result}{rest}")
         finally:
             state.save(logs, result, flush=True)
 
@@ -1509,10 +1529,10 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
-    parts = [f"{counts[name]} {name} events" for name in LOGS if not problems[name]]
-    if as_anonymous:
-        parts.append(f"{as_anonymous} of them stay anonymous, whatever the mode")
+    parts = [f"{name} events: {counts[name]}" for name in LOGS if not problems[name]]
     notes = [", ".join(parts)]
+    if as_anonymous:
+        notes.append(f"of these, {as_anonymous} stay anonymous, whatever the mode")
     if passed_over:
         notes.append(PASSED_OVER.format(passed_over))
     notes += problems.values()
@@ -1523,8 +1543,7 @@ def show_status(run: Run) -> None:
     """Print how things stand: facts, and no prediction of what a sync would do."""
     state = read_state(run.analytics)
     last = f"{state.result} {state.timestamp}".strip() or "never"
-    if state.result == UNFINISHED:
-        last += " (not finished: no usable answer, ended early, or still at work)"
+    last += RESULTS.get(state.result, "")
     problem = find_problem(state.path)
     if state.is_broken:
         problem = f"{state.path} holds no record; everything in the logs is pending"
@@ -1735,20 +1754,19 @@ def main(argv: "List[str]") -> int:
         perform(options)
         return 0
     except Stop as stop:
-        reason = str(stop)
+        effects = {
+            "dry-run": "nothing would be sent", "skip-pending": "nothing is skipped",
+        }
+        message = f"{effects.get(options.action, 'the run ends')}: {stop}"
     except BrokenPipeError:
         # The reader of the output, such as head, has ended.
         return 0
     except Exception as error:
         # Name only the type: the text of the error may hold the token.
-        reason = f"an unexpected error ({type(error).__name__})"
+        message = f"an unexpected error ({type(error).__name__})"
     # What is called by hand says why it ended early.
     if options.verbose or options.action in ("dry-run", "skip-pending", "status"):
-        effects = {
-            "dry-run": "nothing would be sent", "skip-pending": "nothing is skipped",
-        }
-        effect = effects.get(options.action, "stopped")
-        show(f"secondme_sync: {effect}: {reason}", sys.stderr)
+        show("secondme_sync: " + message, sys.stderr)
     if options.action == "pending":
         with suppress(Exception):
             write_line(b"no")
