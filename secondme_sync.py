@@ -2,8 +2,8 @@
 
 SecondMe skills log usage and feedback events on this machine, one JSON object a line.
 If the user has agreed to it, this program sends the pending events to the SecondMe
-backend, and records how far it got. Without consent, it reads config and ends. What was
-logged before the user agreed is sent, too, unless --skip-pending was run first.
+backend, and records how far it got. Without consent, it sends nothing. What was logged
+before the user agreed is sent, too, unless --skip-pending was run first.
 
 Usage:
     secondme_sync.py                    send what is pending; print nothing
@@ -34,8 +34,8 @@ server can tell whose events they are.
 
 Events go in the mode that is set when they are sent. Two kinds go as anonymous, even in
 community mode:
-    - events that were pending when a run in anonymous mode began to send
-    - events in a log that was replaced, for they may have been sent as anonymous before
+    - events that were pending when a run in anonymous mode saved its first record
+    - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
 read_environment.
@@ -44,8 +44,8 @@ machine, and https://localhost, never use a proxy.
 
 Words that this file uses:
     batch    up to 100 events, sent in one request
-    mark     how much of a log is done, up to where its lines stay anonymous, and a
-             checksum to tell whether the log was replaced
+    mark     three numbers for each log: how much of it is done; up to where its lines
+             stay anonymous; and a checksum to tell whether the log was replaced
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
     Stop     the exception that ends a run early, with a reason
 
@@ -64,10 +64,10 @@ if __name__ == "__main__":
     # for Python has loaded them already. (python3 -I guards against PYTHONPATH, too.)
     sys.path = [path for path in sys.path if path]
 
-    # Ctrl-C ends the program at once and without a traceback. (Not if the caller
-    # ignores it. Then the handler is SIG_IGN.) There is nothing to tidy up: a kill or a
-    # power cut loses nothing. After a kill, the next run sends at most one batch again.
-    # After a power cut, it sends at most those batches again that this run has sent.
+    # Ctrl-C ends the program at once and without a traceback. (Not if the parent
+    # process ignores it. Then the handler is SIG_IGN.) There is nothing to tidy up: a
+    # kill or a power cut loses nothing. After a kill, the next run sends at most one
+    # batch again. After a power cut, it may send again all that this run has sent.
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -114,8 +114,8 @@ FINGERPRINT_BYTES = 256
 # One disk sector.
 RECORD_BYTES = 512
 
-# A run that is not finished is recorded as network_error, for the contract has no word
-# of its own for that. If the run is cut short, this result stands.
+# The result of a run that is not finished, for the contract has no word of its own for
+# that. It is recorded before the first request, so it stands if the run is cut short.
 UNFINISHED = "network_error"
 
 # What --status adds to a result.
@@ -160,7 +160,8 @@ LOGS = ("usage", "feedback")  # analytics/<name>.jsonl
 PASSED_OVER = "lines that hold no event and are ignored: {}"
 
 # In words for people, the exceptions that end a request. They are given by name, so
-# that socket and ssl need no import here. (TimeoutError was called timeout before.)
+# that socket and ssl need no import here. (Before Python 3.10, socket.timeout had a
+# name of its own.)
 FAILURES = {
     "gaierror": "the host was not found",
     "ConnectionRefusedError": "nothing answers at that port",
@@ -172,7 +173,9 @@ FAILURES = {
 }
 
 # A base URL is https to any host, or plain http to this machine; then perhaps a port
-# and a path of printable ASCII. parse_endpoint() also refuses "?" and "#".
+# and a path of printable ASCII. parse_endpoint() also refuses "?" and "#". So a user
+# and a password are refused ("https://me:word@example.test"), but "@" may be in the
+# path.
 BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 URL_PATTERN = (
     r"(https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
@@ -194,13 +197,13 @@ Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
 # mode: what it is sent as. event: the JSON object that it holds, or None. is_blank: it
 # is empty, and not to be counted as passed over.
 Line = namedtuple("Line", "log begin end mode event is_blank")
-# lines: up to 100 Lines with events, all of one mode; there may be none, if no line
-# holds an event. body: what is posted; empty if there are no lines. ends: a dictionary,
-# the offset after the batch for each Log. passed_over: how many lines hold no event,
-# blank ones aside.
+# lines: up to 100 Lines with events, all of one mode; none, if the batch covers only
+# lines that hold no event. body: what is posted; empty if there are no lines. ends: by
+# Log (see the class below), the offset after the batch. passed_over: how many lines
+# hold no event, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
-# "refused" if the server refuses the body, which is not recorded but looked into.
+# "refused" if the server refuses the body, which is not recorded; see Delivery.search.
 # words: what happened.
 Outcome = namedtuple("Outcome", "result words")
 # host: host and port. login: the value of the header Proxy-Authorization, or None.
@@ -373,7 +376,8 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
     flags = re.ASCII | re.IGNORECASE
     text = base_url if isinstance(base_url, str) else ""
     if re.fullmatch(URL_PATTERN, text, flags) and "?" not in text and "#" not in text:
-        # Some invalid hosts and ports match the pattern. urllib raises ValueError.
+        # Some invalid hosts and ports match the pattern. For these, urlsplit() or port
+        # raises ValueError.
         with suppress(ValueError):
             url = urllib.parse.urlsplit(text.rstrip("/") + EVENTS_PATH)
             if url.port != 0:
@@ -399,6 +403,7 @@ class Run:
     reason     in words, what decided the mode
     base_url   the server, unless config names one
     max_time   seconds that the run may take
+    deadline   when they are up, by the clock
     say        takes a message for people, which -v prints
     """
 
@@ -429,9 +434,9 @@ class Run:
     def has_time(self, delay: float = 0) -> bool:
         """Tell whether another request may begin after a delay.
 
-        None may begin in the last third of a run: the end of the run might cut it
-        short, and the next run would send it again. (The first request begins at any
-        time. See Sender.exchange.)
+        None may begin in the last third of a run. This leaves 10 of the usual 30
+        seconds to a request that has begun. If the end of the run cut it short, the
+        next run would send it again. (The first request of a run does not ask.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -508,11 +513,11 @@ class State:
             "usage": {"bytes": 48211, "fingerprint": 1234567, "anonymous": 0},
             "feedback": {"bytes": 0, "fingerprint": 0, "anonymous": 0}}}
 
-    completed  usage_bytes and feedback_bytes, by log. Older scripts read them. As the
-               contract has it, they move only when a run has sent everything (or
-               skipped it).
-    marks      what resume holds, by log. The next run starts there; they move with
+    marks      what resume holds, by log. The next run starts there. Marks move with
                every accepted batch.
+    completed  usage_bytes and feedback_bytes, by log. They are for older scripts; a run
+               starts there only if there is no mark. As the contract has it, they move
+               only when a run has sent everything (or skipped it).
 
     The record is overwritten in place, by one write. In practice, a disk writes a
     sector whole or not at all, and a kill does not split so small a write. So a kill or
@@ -523,13 +528,13 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # Our record is the first 512 bytes. (A longer file of another program may have
-        # been overwritten. Its rest is behind them until write() cuts it off.) If the
-        # first 512 bytes are no JSON, another program wrote the file: parse all of it.
+        # A longer file is another program's, or our record with the rest of such a file
+        # behind it, if a kill came before write() cut that off. So try the first 512
+        # bytes alone. If they are no JSON, try all of it.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
-        # (A blank file is an empty one: not broken.)
-        self.is_broken = bool(data.strip() and not saved)
+        # A blank file is an empty one: not broken.
+        self.is_broken = not saved and decode(data, "replace") != ""
         self.timestamp = get(saved, "last_sync_ts", "")
         self.result = get(saved, "last_sync_result", "")
         self.completed = {name: get_count(saved, name + "_bytes") for name in LOGS}
@@ -544,8 +549,8 @@ class State:
                     get_count(mark, "fingerprint"),
                 )
             else:
-                # There is no record yet, or it is an older script's, or this log was
-                # never opened (then save() has written null).
+                # There is no record yet, or it is an older script's. (Or no run has
+                # opened this log so far. save() writes null for its fingerprint.)
                 self.marks[name] = Mark(self.completed[name], 0, None)
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
@@ -571,9 +576,9 @@ class State:
             for name, mark in self.marks.items()
         }
         if flush:
-            # The logs are flushed first. Otherwise, a power cut could take the end of a
-            # log and leave our offset, which would then be beyond that end. The next
-            # lines would be written before the offset, and never be sent.
+            # The logs are flushed first. Otherwise, after a power cut, our offset might
+            # be on the disk, but not the end of the log before it. Lines that are
+            # appended later would then count as done.
             for log in logs:
                 log.flush()
         with stop_on_error(self.path):
@@ -587,7 +592,7 @@ class State:
         if flush:
             flush_file(self.file)
             # Another program's file may be longer. Its rest is cut off only now that
-            # our record is on the disk. (The first save of each run flushes.)
+            # our record is on the disk. So it is cut off by the first save of a run.
             self.file.truncate(RECORD_BYTES)
 
 
@@ -601,16 +606,15 @@ def read_state(folder: str) -> State:
 def lock_state(folder: str) -> "Iterator[State]":
     """Open .sync-offsets and lock it; raise Stop if another run has."""
     path = os.path.join(folder, ".sync-offsets")
-    # An ExitStack closes the file, and lets the caller's code (at yield) be outside of
-    # stop_on_error.
-    with ExitStack() as stack:
+    with stop_on_error(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    # Unbuffered, so that a full disk shows when it is written, not in close().
+    with open(descriptor, "r+b", buffering=0) as file:
         with stop_on_error(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            # Unbuffered, so that a full disk shows when it is written, not in close().
-            file = stack.enter_context(open(descriptor, "r+b", buffering=0))
             lock_file(file)
             prepare_file(file, folder)
             state = State(file, path)
+        # The caller's code is outside of stop_on_error.
         yield state
 
 
@@ -641,8 +645,9 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     """Prepare .sync-offsets for the first write, and go to its beginning."""
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
-        # A write that lengthens the file is not safe: a power cut may keep the new
-        # bytes but not the new length. So blanks come first, which JSON ignores.
+        # A power cut may keep new bytes, but not a new length. So lengthen the file
+        # with blanks first. JSON ignores them, so the old record can be read all the
+        # time.
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
@@ -680,7 +685,7 @@ class Log:
             # as anonymous before. Nobody can tell which, so all that it holds now is
             # sent as anonymous.
             mark = Mark(0, self.size, None)
-        # A log that fits may have lost its end.
+        # A log that fits may have lost its end, for only its beginning is compared.
         self.offset = min(mark.offset, self.size)
         self.anonymous_until = min(mark.anonymous_until, self.size)
         if mode == "anonymous":
@@ -700,8 +705,8 @@ class Log:
     def fingerprint(self, offset: int, anonymous_until: int) -> int:
         """Return a checksum of the log's first 256 bytes, or of fewer.
 
-        Only bytes that were there when the mark was saved may count, for a log grows.
-        All bytes before the offsets of the mark were there.
+        Only bytes that the log had when the mark was saved may count, for it grows. It
+        had all bytes before the larger one of the mark's two offsets.
         """
         return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
@@ -751,20 +756,22 @@ class Log:
             data = self.read_line(self.size - begin)
             end = begin + len(data)
             has_newline = data.endswith(b"\n")
-            # (A line of 1 MiB has its newline behind that.)
-            is_too_long = len(data) > MAX_LINE_BYTES and not has_newline
-            text = decode(data, errors="replace")
-            event = None if is_too_long else parse_object(text)
-            if is_too_long:
+            event = None  # type: Optional[Dict[str, Any]]
+            is_blank = False
+            if len(data) > MAX_LINE_BYTES and not has_newline:
+                # Too long. (A line of exactly 1 MiB is read with its newline.)
                 line_end = self.skip_rest(end)
                 if line_end is None:
                     return
                 end = line_end
-            elif event is None and not has_newline:
-                return
+            else:
+                text = decode(data, errors="replace")
+                event = parse_object(text)
+                if event is None and not has_newline:
+                    return
+                is_blank = not text
             # THE decision on privacy: the mode that a line is sent in.
             mode = "anonymous" if begin < self.anonymous_until else self.mode
-            is_blank = not text and not is_too_long
             yield Line(self, begin, end, mode, event, is_blank)
 
 
@@ -777,8 +784,8 @@ def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
     with ExitStack() as stack:
         logs = []
         for name in LOGS:
-            # A log that cannot be opened is left out, and its mark stays. Callers say
-            # so.
+            # A log that cannot be opened is left out, and its mark stays. Callers
+            # report it, by find_unreadable().
             with suppress(OSError):
                 file = stack.enter_context(open_regular(run.log_path(name)))
                 logs.append(Log(name, file, state.marks[name], mode))
@@ -820,7 +827,8 @@ def encode_body(lines: "List[Line]", device_id: str) -> bytes:
 def is_encodable(line: Line) -> bool:
     """Tell whether the event of a line can be sent."""
     try:
-        return bool(encode_body([line], ""))
+        encode_body([line], "")
+        return True
     except (ValueError, RecursionError):
         return False
 
@@ -833,6 +841,7 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
         # This is rare. Find the events that are at fault, one by one.
         lines = [line for line in batch.lines if is_encodable(line)]
         passed_over = batch.passed_over + len(batch.lines) - len(lines)
+        # This cannot fail: each of the lines has been tried.
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
@@ -863,6 +872,7 @@ def read_batch(
         taken_bytes += line_size
         ends[line.log] = line.end
     if taken_bytes == 0:
+        # There is no line any more.
         return None
     return encode_batch(Batch(lines, b"", ends, passed_over), device_id)
 
@@ -943,7 +953,8 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
 
     host, port = address
     if host.lower() == "localhost":
-        # A name server or hosts file could send this name to another machine.
+        # A name server or hosts file could send this name (of a server or a proxy) to
+        # another machine.
         host = "127.0.0.1"
     sock = socket.create_connection((host, port), CONNECT_SECONDS)
     sock.settimeout(IDLE_SECONDS)
@@ -961,9 +972,9 @@ def find_proxy(url: "SplitResult") -> "Optional[Proxy]":
     import urllib.request
 
     # ProxyHandler has a method https_open() if there is a proxy for https. In spite of
-    # its name it opens nothing: it sets the host of the request to that of the proxy,
-    # and adds the login for the proxy as a header. If no_proxy names the server, it
-    # does nothing.
+    # its name it opens nothing. If no_proxy does not name the server, it sets the host
+    # of the request to that of the proxy, and adds the login for the proxy as a header.
+    # So a host that has changed is that of a proxy.
     request = urllib.request.Request(url.geturl())
     handler = urllib.request.ProxyHandler()
     if hasattr(handler, "https_open"):
@@ -1004,11 +1015,10 @@ def explain_failure(error: Exception) -> str:
     if refusal:
         return "the proxy refused the tunnel with HTTP " + refusal.group(1)
     name = type(error).__name__
-    words = FAILURES.get(name, "no usable answer")
     unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH)
     if isinstance(error, OSError) and error.errno in unreachable:
-        words = "the network cannot be reached"
-    return f"{words} ({name})"
+        return f"the network cannot be reached ({name})"
+    return f"{FAILURES.get(name, 'no usable answer')} ({name})"
 
 
 class Sender:
@@ -1030,7 +1040,9 @@ class Sender:
         self.run = run
         # config as it was when the run decided on consent. If it was edited since then,
         # check_agreement() must see that.
-        self.agreement = run.read_agreement()._replace(config=run.config)
+        token = read_token(run.directory)
+        device_id = read_device_id(run.directory, run.mode)
+        self.agreement = Agreement(run.config, token, device_id)
         self.path = url.path
         self.has_begun = False
         try:
@@ -1052,9 +1064,12 @@ class Sender:
         delay = retry_delay(response, time.time())
         if delay is not None and self.run.has_time(delay):
             self.run.say(f"retry in {delay:.0f} s")
-            # Some sandboxes refuse to sleep. Then the first answer counts.
-            with suppress(OSError):
+            try:
                 self.run.sleep(delay)
+            except OSError:
+                # Some sandboxes refuse it. Then the first answer counts.
+                pass
+            else:
                 response = self.request(batch)
         return str(response.outcome.result)
 
@@ -1092,6 +1107,7 @@ class Sender:
                 # The connection is open, and the server may be at work on the request.
                 raise
             except OSError:
+                # The server has closed it.
                 pass
         # Without consent, not even a connection is made.
         self.check_agreement()
@@ -1129,11 +1145,13 @@ class Sender:
         """Return an answer that came before the whole body was sent, None for none.
 
         Many gateways answer early, and close the connection, which ends the sending.
+        Whatever they answer counts. http.client reads it as any other answer.
         """
         import http.client
 
         with suppress(OSError, http.client.HTTPException):
-            # If there is an answer, it is there already.
+            # If there is an answer, it is there already. (0 seconds would not do: TLS
+            # may take two steps to read it.)
             self.connection.sock.settimeout(0.1)
             response = self.read_response()
             self.connection.close()
@@ -1141,7 +1159,10 @@ class Sender:
         return None
 
     def check_agreement(self) -> None:
-        """Raise Stop if config, token or device id has changed since it was read."""
+        """Raise Stop if config, token or device id has changed since it was read.
+
+        Or if there was no token even then.
+        """
         agreement = self.run.read_agreement()
         if agreement != self.agreement or not agreement.token:
             raise Stop("config, login or device id has changed")
@@ -1184,7 +1205,8 @@ def read_body(reply: "HTTPResponse") -> bytes:
     import http.client
 
     with suppress(OSError, http.client.HTTPException):
-        # Not read(), which has no end if a chunk claims to have a length of -1.
+        # readinto() fills the buffer, unless the body ends before. (Not read(), which
+        # has no end if a chunk claims to have a length of -1.)
         data = bytearray(MAX_SMALL_BYTES)
         size = reply.readinto(data)
         # Try to read one byte more.
@@ -1246,7 +1268,7 @@ class Delivery:
                 return "ok"
             result = self.send(batch)
             if result == "refused" and len(batch.lines) == 1:
-                result = self.leave_out(batch, has_proof=False)
+                result = self.leave_out(batch, accepts_others=False)
             elif result == "refused":
                 result = self.search(batch)
             if result != "ok":
@@ -1258,7 +1280,7 @@ class Delivery:
 
     def send(self, batch: Batch) -> str:
         """Post a batch; if it is accepted, record that. Return the result."""
-        # A batch without a body is not posted: its lines hold no event.
+        # A batch without a body covers only lines that hold no event. It is not posted.
         result = self.sender.post(batch) if batch.body else "ok"
         if result == "ok":
             self.advance(batch)
@@ -1279,33 +1301,33 @@ class Delivery:
 
         The batch is posted in halves, a refused half in halves, and so on, until a
         single event is refused. For example, if the server refuses the third of four
-        events, the requests are: 1 2 3 4, 1 2, 3 4, 3. If all parts are accepted, the
-        batch was too large, and the rest of the run uses batches of the last size.
+        events, the requests are [1 2 3 4] [1 2] [3 4] [3]. If all parts are accepted,
+        the batch was too large, and the rest of the run uses batches of the last size.
         """
-        # How many events of the last refused batch come next.
+        # How many of the next events are suspects, and how many to post at once.
         suspects = len(batch.lines)
-        half = suspects // 2
-        has_proof = False
+        size = suspects // 2
+        accepts_others = False
         while suspects > 0:
-            smaller = self.next_batch(min(suspects, half))
-            if smaller is None:  # the log has lost its end
+            smaller = self.next_batch(min(suspects, size))
+            if smaller is None:  # the log was cut off meanwhile
                 return "ok"
             result = self.send(smaller)
             if result == "ok":
                 suspects -= len(smaller.lines)
                 # A batch without events was not posted, and proves nothing.
-                has_proof = has_proof or bool(smaller.lines)
+                accepts_others = accepts_others or bool(smaller.lines)
             elif result != "refused":
                 return result
             elif len(smaller.lines) == 1:
-                return self.leave_out(smaller, has_proof)
+                return self.leave_out(smaller, accepts_others)
             else:
                 suspects = len(smaller.lines)
-                half = suspects // 2
-        self.max_events = half
+                size = suspects // 2
+        self.max_events = size
         return "ok"
 
-    def leave_out(self, lone: Batch, has_proof: bool) -> str:
+    def leave_out(self, lone: Batch, accepts_others: bool) -> str:
         """Leave an event that the server refuses out for good; return the result.
 
         That takes proof that the event is at fault and not the server: the server must
@@ -1317,7 +1339,7 @@ class Delivery:
         place = f"byte {line.begin} of {line.log.name}.jsonl"
         words = f"the server refuses the event at {place}"
         left_out = words + ", but accepts others; it is left out for good"
-        if has_proof:
+        if accepts_others:
             self.say(left_out)
             self.advance(lone)
             return "ok"
@@ -1332,8 +1354,8 @@ class Delivery:
     def send_behind(self, lone: Batch) -> "Optional[str]":
         """Post the event behind a lone one; return the result, None for no event.
 
-        If it is accepted, all up to its end is recorded as done, so the lone event is
-        left out.
+        If it is accepted, the ends of its batch are recorded, which lie behind the lone
+        event, too. So that one is left out.
         """
         passed_over = lone.passed_over
         for batch in read_batches(lone.ends, 1, self.device_id):
@@ -1373,12 +1395,14 @@ def limit_time(run: Run) -> None:
     import _thread  # threading would take 1 ms
     import faulthandler
 
-    # To wait for this lock, which nobody releases, is a sleep that no sandbox refuses.
+    # A lock that nobody releases. To wait for it is a sleep, but unlike time.sleep(),
+    # no sandbox refuses it.
     never_free = _thread.allocate_lock()
     never_free.acquire()
 
     def watch() -> None:
         never_free.acquire(timeout=run.max_time)
+        # (If nobody reads the message, this may block. Then the timer below ends it.)
         run.say("time is up; what is not accepted yet stays pending")
         os._exit(0)
 
@@ -1431,8 +1455,9 @@ def start_detached(command: "List[str]", folder: str) -> None:
     from subprocess import DEVNULL, Popen
 
     if sys.platform == "win32":
-        # No DEVNULL here: with redirections, the new process would inherit all handles,
-        # and a caller that reads our output to its end would wait for the new process.
+        # No DEVNULL here: with redirections, Popen lets the new process inherit
+        # handles, and a caller that reads our output to its end would wait for the new
+        # process.
         flags = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
         breakaway = 0x1000000  # CREATE_BREAKAWAY_FROM_JOB
         try:
@@ -1441,7 +1466,8 @@ def start_detached(command: "List[str]", folder: str) -> None:
             # The job that this process belongs to does not let it go.
             process = Popen(command, cwd=folder, creationflags=flags)
     else:
-        # When Popen returns, the new session exists, and the caller may be killed.
+        # When Popen returns, the new session exists. If the caller is killed from then
+        # on, the new process lives on.
         process = Popen(
             command, cwd=folder, start_new_session=True,
             stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
@@ -1488,7 +1514,8 @@ def show(text: str, stream: "Optional[TextIO]") -> None:
     """
     if stream is None:
         return
-    # json.dumps() turns a character into an escape, between quotes.
+    # json.dumps() turns a character into an escape, between quotes. Then, what the
+    # stream cannot encode becomes an escape, too.
     printable = "".join(
         char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1]
         for char in text
@@ -1525,18 +1552,18 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
-            # This can differ only if the log was opened in community mode.
+            # (If the log was opened in anonymous mode, no line differs.)
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
     parts = [f"{name} events: {counts[name]}" for name in LOGS if not problems[name]]
-    notes = [", ".join(parts)]
+    notes = [", ".join(parts)] if parts else []
     if as_anonymous:
         notes.append(f"of these, {as_anonymous} stay anonymous, whatever the mode")
     if passed_over:
         notes.append(PASSED_OVER.format(passed_over))
-    notes += problems.values()
-    return "; ".join(filter(None, notes))
+    notes += [problem for problem in problems.values() if problem]
+    return "; ".join(notes)
 
 
 def show_status(run: Run) -> None:
@@ -1555,7 +1582,8 @@ def show_status(run: Run) -> None:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
     login = "no, " + login_problem if login_problem else "a token in credentials"
-    # Community, to count what the marks keep anonymous. Nothing is sent.
+    # Nothing is sent. Only if logs are opened in community mode, lines that must stay
+    # anonymous differ from others, and can be counted.
     with open_logs(run, state, "community") as logs:
         pending = describe_pending(run, logs)
     lines = [
@@ -1614,8 +1642,8 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    # Community, to count what the marks keep anonymous. It makes no other difference:
-    # nothing before log.size will ever be sent.
+    # Community, to count what must stay anonymous, as show_status does. It makes no
+    # other difference here.
     with lock_state(run.analytics) as state, open_logs(run, state, "community") as logs:
         pending = describe_pending(run, logs)
         for log in logs:
@@ -1774,6 +1802,6 @@ def main(argv: "List[str]") -> int:
 
 
 if __name__ == "__main__":
-    # All output is flushed by now. Python's own exit would try again, and might print a
-    # traceback if nobody reads it any more.
+    # All output is flushed by now. Python's own exit would flush again, and might print
+    # a traceback if nobody reads the output any more.
     os._exit(main(sys.argv[1:]))
