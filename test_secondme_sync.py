@@ -516,7 +516,9 @@ def test_localhost_is_this_machine_whatever_its_name_leads_to(home, monkeypatch)
     # query and fragment
     "https://example.test?x",
     "https://example.test/?x",
+    "https://example.test/?",
     "https://example.test/#x",
+    "https://example.test/#",
     # ports
     "https://example.test:port",
     "https://example.test:99999",
@@ -741,6 +743,28 @@ def test_result_is_network_error_while_a_run_is_on(home):
 
     assert results == ["network_error", "network_error"]
     assert home.result == "ok"
+
+
+@pytest.fixture
+def state(home):
+    """A State whose file holds 512 dots."""
+    home.write(".sync-offsets", b"." * 512)
+    with open(str(home.state), "r+b", buffering=0) as file:
+        yield secondme_sync.State(file, str(home.state))
+
+
+def test_record_of_511_bytes_is_written_with_a_newline(home, state):
+    state.write(b"x" * 511, flush=False)
+
+    assert home.state.read_bytes() == b"x" * 511 + b"\n"
+
+
+def test_record_of_512_bytes_is_refused(home, state):
+    """It is not cut, for a part of it is no record."""
+    with pytest.raises(OSError):
+        state.write(b"x" * 512, flush=False)
+
+    assert home.state.read_bytes() == b"." * 512
 
 
 MOST = (1 << 63) - 1  # the largest number that is read from a state
@@ -5033,6 +5057,9 @@ UNFIT_TOKEN = "CREDENTIALS holds no accessToken, or one with blanks or character
         None, {"SM_TEL": "on"},
         {"mode": 'off (SM_TEL is "on", which is no mode, config says "community")'}, id="SM_TEL unknown"),
     pytest.param(
+        None, {"SM_TEL": "off"},
+        {"mode": 'off (SM_TEL is "off", config says "community")'}, id="SM_TEL off"),
+    pytest.param(
         None, {"SM_TEL": "anonymous"},
         {"mode": 'anonymous (SM_TEL is "anonymous", config says "community")',
          "pending": counted(usage=2, feedback=1)}, id="SM_TEL anonymous"),
@@ -5533,6 +5560,18 @@ def test_verbose_says_which_event_is_left_out(home):
         "the run ends: ok"]
 
 
+def test_verbose_says_that_the_first_event_is_left_out(home):
+    """The event behind it is the proof, and needs a request of its own."""
+    home.fill(2)
+
+    backend = home.deliver(*[answers.refuse_events({"s-0"})] * 9)
+
+    left_out = ("the server refuses the event at byte 0 of usage.jsonl, "
+                "but accepts others; it is left out for good")
+    assert backend.said.count(left_out) == 1
+    home.assert_done()
+
+
 def test_verbose_says_which_refused_event_is_still_pending(home):
     home.fill(1)
 
@@ -5954,6 +5993,10 @@ def help_text(home):
     assert result.code == 0
     assert result.err == b""
     return result.out.decode("ascii").replace("\r\n", "\n")
+
+
+def test_help_begins_with_the_name_of_the_program(help_text):
+    assert help_text.startswith("usage: secondme_sync [flags]")
 
 
 def test_help_says_where_events_are_sent(help_text):
