@@ -3473,6 +3473,19 @@ def test_refused_events_are_left_out(home, status, refused, most_requests):
     assert home.deliver().requests == []
 
 
+def test_lines_to_pass_over_do_not_change_what_is_left_out(home):
+    """They make a batch without events, which is not posted and proves nothing."""
+    home.log("usage", 0)
+    home.append("usage", b'{"outcome": NaN}\n')
+    home.log("usage", 1)
+
+    backend = sync_with(home, answers.refuse_events(["s-1"]))
+
+    assert accepted_sessions(backend, ["s-1"]) == ["s-0"]
+    assert backend.sizes == [2, 1, 1]
+    home.assert_done()
+
+
 def test_refused_event_among_1000_costs_at_most_40_requests(home):
     logged = home.fill(1000)
 
@@ -4957,6 +4970,25 @@ def test_dry_run_is_indented_on_a_terminal(home, encoding, intent):
     assert '"user_intent": "%s"' % intent in shown
 
 
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def test_body_that_cannot_be_indented_is_shown_as_it_is(monkeypatch):
+    """As with very deep nesting; how deep depends on the Python."""
+    def fail(*args, **kwargs):
+        raise RecursionError
+
+    terminal = Terminal(io.BytesIO(), "utf-8", newline="\n")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(json, "dumps", fail)
+
+    secondme_sync.print_body(b'{"events":[]}')
+
+    assert terminal.buffer.getvalue() == b'{"events":[]}\n'
+
+
 # Characters that a terminal would obey or reorder, and how they are shown.
 UNPRINTABLE = [
     ("C1 control", "\u009b2J", "\\u009b2J"),
@@ -5851,12 +5883,17 @@ def test_verbose_says_that_a_proxy_refused(home, monkeypatch):
         "tunnel with HTTP 407" % proxy.server_address[1]]
 
 
-def test_verbose_says_that_the_proxy_cannot_be_used(home, monkeypatch):
+@pytest.mark.parametrize("proxy, name", [
+    # https_proxy            what Python raises
+    ("http://127.0.0.1:port", "InvalidURL"),
+    ("http:/127.0.0.1:9",     "ValueError"),
+])
+def test_verbose_says_that_the_proxy_cannot_be_used(home, monkeypatch, proxy, name):
     home.fill(1)
     home.configure(baseUrl="https://example.test")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:port")
+    monkeypatch.setenv("https_proxy", proxy)
 
-    assert home.sync() == ["TLS or the proxy cannot be set up (InvalidURL)"]
+    assert home.sync() == ["TLS or the proxy cannot be set up (%s)" % name]
 
 
 def test_verbose_says_that_tls_cannot_be_set_up(home, monkeypatch):
@@ -6697,6 +6734,20 @@ def test_pasted_script_imports_nothing_from_the_working_directory(home, name):
         assert home.paste("<<'SYNC_EOF'") == SILENT
 
     assert backend.sessions == ["s-0"]
+
+
+@needs_bash
+def test_pasted_script_starts_no_file_of_the_working_directory(home):
+    """Python says that a pasted script is in a file named <stdin>."""
+    home.fill(1)
+    (home.path / "<stdin>").write_text("open('started', 'w')\n")
+
+    with home.backend() as backend:
+        assert home.paste("- --background <<'SYNC_EOF'") == SILENT
+        until(lambda: home.result == "ok")
+
+    assert backend.sessions == ["s-0"]
+    assert not list(home.path.rglob("started"))
 
 
 def test_vendored_copy_does_the_same(home):
