@@ -34,7 +34,7 @@ server can tell whose events they are.
 
 Events go in the mode that is set when they are sent. Two kinds go as anonymous, even in
 community mode:
-    - events that were pending when a run in anonymous mode saved its first record
+    - events that were pending when a run in anonymous mode began and recorded that
     - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
@@ -44,8 +44,8 @@ machine, and https://localhost, never use a proxy.
 
 Words that this file uses:
     batch    up to 100 events, sent in one request
-    mark     three numbers for each log: how much of it is done; up to where its lines
-             stay anonymous; and a checksum to tell whether the log was replaced
+    mark     three numbers for each log: how much of it is done; the place before which
+             lines go as anonymous; and a checksum to tell whether the log was replaced
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
     Stop     the exception that ends a run early, with a reason
 
@@ -64,10 +64,11 @@ if __name__ == "__main__":
     # for Python has loaded them already. (python3 -I guards against PYTHONPATH, too.)
     sys.path = [path for path in sys.path if path]
 
-    # Ctrl-C ends the program at once and without a traceback. (Not if the parent
-    # process ignores it. Then the handler is SIG_IGN.) There is nothing to tidy up: a
-    # kill or a power cut loses nothing. After a kill, the next run sends at most one
-    # batch again. After a power cut, it may send again all that this run has sent.
+    # Ctrl-C ends the program at once and without a traceback. (If the parent process
+    # ignores Ctrl-C, so does this one.) There is nothing to tidy up: a kill or a power
+    # cut loses nothing. After a kill, the next run sends at most one batch again. After
+    # a power cut, it may send again all that this run has sent, for only the first and
+    # the last record of a run are flushed to the disk.
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -114,8 +115,9 @@ FINGERPRINT_BYTES = 256
 # One disk sector.
 RECORD_BYTES = 512
 
-# The result of a run that is not finished, for the contract has no word of its own for
-# that. It is recorded before the first request, so it stands if the run is cut short.
+# The result of a run that is not finished: the word for a network error, for the
+# contract has none of its own for that. It is recorded before the first request, so it
+# stands if the run is cut short.
 UNFINISHED = "network_error"
 
 # What --status adds to a result.
@@ -173,9 +175,8 @@ FAILURES = {
 }
 
 # A base URL is https to any host, or plain http to this machine; then perhaps a port
-# and a path of printable ASCII. parse_endpoint() also refuses "?" and "#". So a user
-# and a password are refused ("https://me:word@example.test"), but "@" may be in the
-# path.
+# and a path of printable ASCII. There is no place for a user and a password, as in
+# https://me:word@example.test. parse_endpoint() also refuses "?" and "#".
 BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 URL_PATTERN = (
     r"(https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
@@ -254,7 +255,8 @@ def find_problem(path: str) -> str:
 def decode(data: bytes, errors: str = "strict") -> str:
     """Return the text in UTF-8 data, "" if it is something else.
 
-    Blanks, a byte order mark, and the NULs that a power cut may leave are stripped.
+    Blanks, a byte order mark, and the NULs that a power cut may leave are stripped. For
+    lines of a log, errors is "replace": U+FFFD stands for what is not UTF-8.
     """
     try:
         return data.decode("utf-8", errors).strip("\ufeff\0 \t\r\n")
@@ -294,7 +296,7 @@ def read_environment() -> "Dict[str, str]":
 
     SM_TEL names a mode. Each of the others switches telemetry off, unless it is empty,
     "0" or "false". This file reads no other variable but HOME. (Python and OpenSSL read
-    those for the home directory, proxies and certificates.)
+    some, for the home directory, proxies and certificates.)
     """
     nonessential = os.environ.get("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC", "")
     return {
@@ -380,7 +382,7 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
         # raises ValueError.
         with suppress(ValueError):
             url = urllib.parse.urlsplit(text.rstrip("/") + EVENTS_PATH)
-            if url.port != 0:
+            if url.port != 0:  # None if no port is given
                 return url
     # What stands before an "@" may be a password, and must not be shown.
     shown = json.dumps(base_url)
@@ -528,12 +530,12 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # A longer file is another program's, or our record with the rest of such a file
-        # behind it, if a kill came before write() cut that off. So try the first 512
-        # bytes alone. If they are no JSON, try all of it.
+        # A file longer than 512 bytes is another program's. Or it begins with our
+        # record, if a kill came before write() could cut off the rest. So try the first
+        # 512 bytes alone. If they are no JSON, try all of it.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
-        # A blank file is an empty one: not broken.
+        # A blank file is an empty one, not a broken one.
         self.is_broken = not saved and decode(data, "replace") != ""
         self.timestamp = get(saved, "last_sync_ts", "")
         self.result = get(saved, "last_sync_result", "")
@@ -549,8 +551,8 @@ class State:
                     get_count(mark, "fingerprint"),
                 )
             else:
-                # There is no record yet, or it is an older script's. (Or no run has
-                # opened this log so far. save() writes null for its fingerprint.)
+                # There is no record yet, or it is an older script's. Or no run has
+                # opened this log so far: save() writes null for its fingerprint.
                 self.marks[name] = Mark(self.completed[name], 0, None)
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
@@ -592,7 +594,7 @@ class State:
         if flush:
             flush_file(self.file)
             # Another program's file may be longer. Its rest is cut off only now that
-            # our record is on the disk. So it is cut off by the first save of a run.
+            # our record is on the disk. (The first save of a run has flush=True.)
             self.file.truncate(RECORD_BYTES)
 
 
@@ -645,9 +647,9 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     """Prepare .sync-offsets for the first write, and go to its beginning."""
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
-        # A power cut may keep new bytes, but not a new length. So lengthen the file
-        # with blanks first. JSON ignores them, so the old record can be read all the
-        # time.
+        # If a write lengthens a file, a power cut may keep its bytes and lose the new
+        # length. So lengthen the file first, with blanks. JSON ignores them, so the old
+        # record can be read all the time.
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
@@ -696,8 +698,8 @@ class Log:
     def fits(self, mark: Mark) -> bool:
         """Tell whether a mark was saved for this log, as far as that can be known."""
         if mark.fingerprint is None:
-            # An older script knew only the offset. A log that is shorter is another
-            # one.
+            # No checksum: the mark is an older script's, or there was none. Then a log
+            # that is shorter than the offset is another one.
             return bool(mark.offset <= self.size)
         fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
         return bool(fingerprint == mark.fingerprint)
@@ -705,8 +707,8 @@ class Log:
     def fingerprint(self, offset: int, anonymous_until: int) -> int:
         """Return a checksum of the log's first 256 bytes, or of fewer.
 
-        Only bytes that the log had when the mark was saved may count, for it grows. It
-        had all bytes before the larger one of the mark's two offsets.
+        Only bytes that were in the log when the mark was saved may count, for a log
+        grows. How many these were is not saved, but both offsets are within them.
         """
         return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
@@ -724,7 +726,7 @@ class Log:
     def read_line(self, limit: int) -> bytes:
         """Return the next line, b"" at the end of the log.
 
-        limit: how many bytes of the log are left.
+        limit: how many bytes of the log are left, not below 0.
         A line longer than 1 MiB comes in pieces, one a call. Only the last of them ends
         with a newline.
         """
@@ -759,7 +761,7 @@ class Log:
             event = None  # type: Optional[Dict[str, Any]]
             is_blank = False
             if len(data) > MAX_LINE_BYTES and not has_newline:
-                # Too long. (A line of exactly 1 MiB is read with its newline.)
+                # The line is longer than 1 MiB, and this is its first piece.
                 line_end = self.skip_rest(end)
                 if line_end is None:
                     return
@@ -768,6 +770,7 @@ class Log:
                 text = decode(data, errors="replace")
                 event = parse_object(text)
                 if event is None and not has_newline:
+                    # It is unfinished, or the log was cut off meanwhile.
                     return
                 is_blank = not text
             # THE decision on privacy: the mode that a line is sent in.
@@ -784,8 +787,8 @@ def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
     with ExitStack() as stack:
         logs = []
         for name in LOGS:
-            # A log that cannot be opened is left out, and its mark stays. Callers
-            # report it, by find_unreadable().
+            # A log that cannot be opened is left out, and its mark stays. Callers say
+            # so, by find_problem() or find_unreadable().
             with suppress(OSError):
                 file = stack.enter_context(open_regular(run.log_path(name)))
                 logs.append(Log(name, file, state.marks[name], mode))
@@ -841,7 +844,7 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
         # This is rare. Find the events that are at fault, one by one.
         lines = [line for line in batch.lines if is_encodable(line)]
         passed_over = batch.passed_over + len(batch.lines) - len(lines)
-        # This cannot fail: each of the lines has been tried.
+        # This cannot fail: each of the lines has been tried, at the same depth.
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
@@ -851,7 +854,7 @@ def read_batch(
     """Return the next events of one mode; None if nothing follows.
 
     starts: by Log, the offset to begin at. One log is read after the other. The batch
-    also covers lines without an event; there may be no others.
+    also covers lines without an event, and may cover only such lines.
     """
     lines = []  # type: List[Line]
     ends = dict(starts)
@@ -972,9 +975,10 @@ def find_proxy(url: "SplitResult") -> "Optional[Proxy]":
     import urllib.request
 
     # ProxyHandler has a method https_open() if there is a proxy for https. In spite of
-    # its name it opens nothing. If no_proxy does not name the server, it sets the host
-    # of the request to that of the proxy, and adds the login for the proxy as a header.
-    # So a host that has changed is that of a proxy.
+    # its name it opens nothing: it calls request.set_proxy() and returns. If no_proxy
+    # does not name the server, it sets the host of the request to that of the proxy,
+    # and adds the login for the proxy as a header. So a host that has changed is that
+    # of a proxy.
     request = urllib.request.Request(url.geturl())
     handler = urllib.request.ProxyHandler()
     if hasattr(handler, "https_open"):
@@ -1000,6 +1004,7 @@ def make_connection(url: "SplitResult", proxy: "Optional[Proxy]") -> "HTTPConnec
         connection = http.client.HTTPSConnection(proxy.host)
         headers = {"Proxy-Authorization": proxy.login} if proxy.login else {}
         connection.set_tunnel(url.hostname or "", url.port or 443, headers)
+    # (Python 3.6 has no blocksize. It always uses 8 KiB.)
     connection.blocksize = BLOCK_BYTES
     # http.client has no public way to set the time limits of connect().
     connection._create_connection = connect  # type: ignore[attr-defined]
@@ -1107,7 +1112,7 @@ class Sender:
                 # The connection is open, and the server may be at work on the request.
                 raise
             except OSError:
-                # The server has closed it.
+                # Most likely, the server has closed it. Go on with a new connection.
                 pass
         # Without consent, not even a connection is made.
         self.check_agreement()
@@ -1145,13 +1150,14 @@ class Sender:
         """Return an answer that came before the whole body was sent, None for none.
 
         Many gateways answer early, and close the connection, which ends the sending.
-        Whatever they answer counts. http.client reads it as any other answer.
+        Whatever they answer counts. To http.client, the request is complete once its
+        headers are sent, so it reads the answer as any other.
         """
         import http.client
 
         with suppress(OSError, http.client.HTTPException):
-            # If there is an answer, it is there already. (0 seconds would not do: TLS
-            # may take two steps to read it.)
+            # If there is an answer, it is there already. (A limit of 0 would make the
+            # socket non-blocking, and TLS may need to read twice.)
             self.connection.sock.settimeout(0.1)
             response = self.read_response()
             self.connection.close()
@@ -1161,7 +1167,7 @@ class Sender:
     def check_agreement(self) -> None:
         """Raise Stop if config, token or device id has changed since it was read.
 
-        Or if there was no token even then.
+        Also if the token was missing even when it was read first.
         """
         agreement = self.run.read_agreement()
         if agreement != self.agreement or not agreement.token:
@@ -1205,15 +1211,15 @@ def read_body(reply: "HTTPResponse") -> bytes:
     import http.client
 
     with suppress(OSError, http.client.HTTPException):
-        # readinto() fills the buffer, unless the body ends before. (Not read(), which
-        # has no end if a chunk claims to have a length of -1.)
+        # readinto() fills the buffer, unless the body ends before. It returns 0 at the
+        # end. (Not read(), which has no end if a chunk claims to have a length of -1.)
         data = bytearray(MAX_SMALL_BYTES)
         size = reply.readinto(data)
         # Try to read one byte more.
         is_longer = reply.readinto(bytearray(1)) > 0
-        # If the connection breaks, readinto() raises for a chunked body only. For
-        # others, it leaves in length how many of the announced bytes have not come.
-        # (None if none were announced.)
+        # If the connection is closed early, readinto() raises for a chunked body. For
+        # others it does not, and length is how many bytes are missing. (None if the
+        # server has announced no length.)
         is_cut_off = bool(reply.length)
         if not is_longer and not is_cut_off:
             return bytes(data[:size])
@@ -1237,8 +1243,8 @@ def check_prerequisites(run: Run) -> None:
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
-            # If an earlier run was cut short after its last batch, its mark moved, but
-            # completed did not. Then nothing is to be sent, but its end to be recorded.
+            # An earlier run may have been cut short after its last batch. Then nothing
+            # is to be sent, but "ok" to be recorded, which moves completed.
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_unreadable() or "nothing is pending")
@@ -1268,7 +1274,7 @@ class Delivery:
                 return "ok"
             result = self.send(batch)
             if result == "refused" and len(batch.lines) == 1:
-                result = self.leave_out(batch, accepts_others=False)
+                result = self.settle_refused(batch, accepts_others=False)
             elif result == "refused":
                 result = self.search(batch)
             if result != "ok":
@@ -1290,7 +1296,7 @@ class Delivery:
         """Record that a batch is done."""
         for log, end in batch.ends.items():
             log.offset = end
-        # Not flushed, which would take time. After a power cut, the next run sends
+        # Not flushed, which would take time. After a power cut, the next run may send
         # again what this run has sent.
         self.state.save(self.logs, UNFINISHED, flush=False)
         if batch.passed_over:
@@ -1304,7 +1310,7 @@ class Delivery:
         events, the requests are [1 2 3 4] [1 2] [3 4] [3]. If all parts are accepted,
         the batch was too large, and the rest of the run uses batches of the last size.
         """
-        # How many of the next events are suspects, and how many to post at once.
+        # How many of the next events are suspects: fewer with each answer.
         suspects = len(batch.lines)
         size = suspects // 2
         accepts_others = False
@@ -1320,20 +1326,20 @@ class Delivery:
             elif result != "refused":
                 return result
             elif len(smaller.lines) == 1:
-                return self.leave_out(smaller, accepts_others)
+                return self.settle_refused(smaller, accepts_others)
             else:
                 suspects = len(smaller.lines)
                 size = suspects // 2
         self.max_events = size
         return "ok"
 
-    def leave_out(self, lone: Batch, accepts_others: bool) -> str:
-        """Leave an event that the server refuses out for good; return the result.
+    def settle_refused(self, lone: Batch, accepts_others: bool) -> str:
+        """Leave a refused event out for good, or keep it pending; return the result.
 
-        That takes proof that the event is at fault and not the server: the server must
-        have accepted another event during the search. If it has not, the next event is
-        posted alone. If that is refused, too, or if there is no next event, the refused
-        event stays pending, and all behind it.
+        To leave it out takes proof that the event is at fault and not the server: the
+        server must have accepted another event during the search. If it has not, the
+        next event is posted alone. If that is refused, too, or if there is none, the
+        refused event stays pending, and all behind it.
         """
         line = lone.lines[0]
         place = f"byte {line.begin} of {line.log.name}.jsonl"
@@ -1354,8 +1360,8 @@ class Delivery:
     def send_behind(self, lone: Batch) -> "Optional[str]":
         """Post the event behind a lone one; return the result, None for no event.
 
-        If it is accepted, the ends of its batch are recorded, which lie behind the lone
-        event, too. So that one is left out.
+        If it is accepted, the end of its batch is recorded. The lone event lies before
+        that, so it is done, too: it is left out.
         """
         passed_over = lone.passed_over
         for batch in read_batches(lone.ends, 1, self.device_id):
@@ -1389,8 +1395,8 @@ def sync(run: Run) -> None:
 def limit_time(run: Run) -> None:
     """Let this process end after max_time from now, whatever it is doing.
 
-    Only the command line calls this, for the limits belong to the process. They are for
-    runs that send, not for --status and the like.
+    Only the command line calls this: a program that imports sync() shall not be ended.
+    The limits are for runs that send, not for --status and the like.
     """
     import _thread  # threading would take 1 ms
     import faulthandler
@@ -1402,7 +1408,7 @@ def limit_time(run: Run) -> None:
 
     def watch() -> None:
         never_free.acquire(timeout=run.max_time)
-        # (If nobody reads the message, this may block. Then the timer below ends it.)
+        # (This blocks if stderr is a full pipe. Then the timer below ends the process.)
         run.say("time is up; what is not accepted yet stays pending")
         os._exit(0)
 
@@ -1428,7 +1434,8 @@ def find_script() -> str:
     script = str(globals().get("__file__", "<stdin>"))
     if script == "<stdin>" or not os.path.isfile(script):
         return ""
-    # realpath: a path such as /dev/stdin means another file in the new process.
+    # realpath, for "python3 /dev/stdin < file": that means another file in the new
+    # process.
     return os.path.realpath(script)
 
 
@@ -1484,8 +1491,8 @@ def fork_detached(folder: str) -> bool:
     # there.
     if sys.platform == "win32":
         return False
-    # Python 3.12 and newer warn of a fork beside a thread, which a start-up file of
-    # this machine's Python may have started.
+    # Python 3.12 and newer warn of a fork if there is a thread. Some machines have a
+    # start-up file for Python that starts one.
     warnings.simplefilter("ignore")
     child = os.fork()
     if child:
@@ -1514,8 +1521,8 @@ def show(text: str, stream: "Optional[TextIO]") -> None:
     """
     if stream is None:
         return
-    # json.dumps() turns a character into an escape, between quotes. Then, what the
-    # stream cannot encode becomes an escape, too.
+    # json.dumps() turns each of these characters into an escape, between quotes. Then,
+    # what the stream cannot encode becomes an escape, too.
     printable = "".join(
         char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1]
         for char in text
@@ -1552,7 +1559,7 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
-            # (If the log was opened in anonymous mode, no line differs.)
+            # A mark keeps this line anonymous. (In anonymous mode, no line differs.)
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
@@ -1582,8 +1589,8 @@ def show_status(run: Run) -> None:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
     login = "no, " + login_problem if login_problem else "a token in credentials"
-    # Nothing is sent. Only if logs are opened in community mode, lines that must stay
-    # anonymous differ from others, and can be counted.
+    # Nothing is sent. To open the logs in community mode shows which lines a mark keeps
+    # anonymous.
     with open_logs(run, state, "community") as logs:
         pending = describe_pending(run, logs)
     lines = [
@@ -1642,8 +1649,8 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    # Community, to count what must stay anonymous, as show_status does. It makes no
-    # other difference here.
+    # Community, to count what marks keep anonymous, as in show_status. For the marks
+    # that are saved, it makes no difference: all lines are before the new offset.
     with lock_state(run.analytics) as state, open_logs(run, state, "community") as logs:
         pending = describe_pending(run, logs)
         for log in logs:

@@ -4230,6 +4230,14 @@ def test_body_that_makes_progress_has_no_limit(home, monkeypatch, small_send_buf
     home.assert_done()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 7), reason="there, http.client has it built in")
+def test_body_is_written_in_blocks_of_8_kib():
+    """Each has IDLE_SECONDS, so on the slowest line it decides what counts as progress."""
+    url = urllib.parse.urlsplit("http://127.0.0.1")
+
+    assert secondme_sync.make_connection(url, None).blocksize == 8 * 1024
+
+
 # Killed, and calls that fail.
 
 @pytest.mark.parametrize("is_answered, repeated", [
