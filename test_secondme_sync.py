@@ -2724,6 +2724,8 @@ WAIT_3 = answer(429, Retry_After=3)
     pytest.param([OK, answers.no_http], [100, 1], [], "network_error", 1, id="200, no HTTP"),
     pytest.param([answers.half_a_header], [100], [], "network_error", 101, id="half a header"),
     pytest.param([answers.half_a_body], [100], [], "network_error", 101, id="half a body"),
+    pytest.param([answers.raw(b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"code": 0}')],
+                 [100], [], "network_error", 101, id="all but the last byte of a body"),
     pytest.param([OK, answers.half_a_body], [100, 1], [], "network_error", 1, id="200, half"),
     pytest.param([OK, reset_in_a_body], [100, 1], [], "network_error", 1, id="200, reset"),
     pytest.param([answers.cut_off(401)], [100], [], "auth_failed", 101, id="401, half a body"),
@@ -6140,6 +6142,19 @@ def test_background_returns_before_the_answer(home, hold, form):
         assert hold.arrived.wait(20)
         assert home.result == "network_error"
         hold.over.set()
+        until(lambda: home.result == "ok")
+
+    assert backend.sessions == ["s-0"]
+
+
+@posix_only("Windows has no process groups")
+@pytest.mark.parametrize("form", FORMS)
+def test_background_works_for_the_leader_of_a_session(home, form):
+    """As a program is that a terminal has started. Such a process cannot make a session."""
+    home.fill(1)
+
+    with home.backend() as backend:
+        assert home.run("--background", shim=form, options={"start_new_session": True}) == SILENT
         until(lambda: home.result == "ok")
 
     assert backend.sessions == ["s-0"]
