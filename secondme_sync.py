@@ -123,7 +123,7 @@ UNFINISHED = "network_error"
 # What --status adds to a result.
 RESULTS = {
     "auth_failed": " (the server does not accept the token: log in again)",
-    "server_error": " (the server refused; the next run tries again)",
+    "server_error": " (the server refused, see -v; the next run tries again)",
     UNFINISHED: " (not finished: no usable answer, ended early, or still at work)",
 }
 
@@ -166,7 +166,7 @@ PASSED_OVER = "lines that hold no event and are ignored: {}"
 # name of its own.)
 FAILURES = {
     "gaierror": "the host was not found",
-    "ConnectionRefusedError": "nothing answers at that port",
+    "ConnectionRefusedError": "the connection was refused",
     "timeout": "no progress for too long",
     "TimeoutError": "no progress for too long",
     "SSLError": "TLS failed",
@@ -329,13 +329,13 @@ def decide_consent(config: bytes, environment: "Mapping[str, str]") -> Consent:
 
     for name, value in environment.items():
         if name != "SM_TEL" and value not in ("", "0", "false"):
-            return Consent("off", f"{name} is {json.dumps(value)}, {reason}")
+            return Consent("off", f"{name} is {json.dumps(value)}; {reason}")
     limit = environment.get("SM_TEL", "")
     if limit not in ("", "anonymous", "community"):
         words = "" if limit == "off" else ", which is no mode"
-        return Consent("off", f"SM_TEL is {json.dumps(limit)}{words}, {reason}")
+        return Consent("off", f"SM_TEL is {json.dumps(limit)}{words}; {reason}")
     if limit == "anonymous" and mode == "community":
-        return Consent("anonymous", 'SM_TEL is "anonymous", ' + reason)
+        return Consent("anonymous", 'SM_TEL is "anonymous"; ' + reason)
     return Consent(mode, reason)
 
 
@@ -356,6 +356,8 @@ def find_login_problem(directory: str) -> str:
         return problem
     if not os.path.exists(path):
         return path + " does not exist"
+    if parse_object(decode(read_small(path))) is None:
+        return path + " is not a valid JSON object"
     return path + " holds no accessToken, or one with blanks or characters beyond ASCII"
 
 
@@ -469,9 +471,16 @@ class Run:
         missing; it is refused.
         """
         settings = parse_object(decode(self.config)) or {}
-        if "baseUrl" in settings:
-            return parse_endpoint(settings["baseUrl"], "baseUrl in config")
-        return parse_endpoint(self.base_url, "--base-url")
+        base_url = settings.get("baseUrl", self.base_url)
+        return parse_endpoint(base_url, self.endpoint_origin())
+
+    def endpoint_origin(self) -> str:
+        """Say where the base URL comes from."""
+        if "baseUrl" in (parse_object(decode(self.config)) or {}):
+            return "baseUrl in config"
+        if self.base_url == BASE_URL:
+            return "built in; a skill may pass another"
+        return "--base-url"
 
 
 # State: the record in .sync-offsets. Contract: Error Handling (Offsets), Rules.
@@ -1165,13 +1174,13 @@ class Sender:
         return None
 
     def check_agreement(self) -> None:
-        """Raise Stop if config, token or device id has changed since it was read.
-
-        Also if the token was missing even when it was read first.
-        """
+        """Raise Stop if config, token or device id is no longer what it was."""
         agreement = self.run.read_agreement()
-        if agreement != self.agreement or not agreement.token:
-            raise Stop("config, login or device id has changed")
+        if not agreement.token:
+            raise Stop("the token is missing")
+        for name, old, new in zip(Agreement._fields, self.agreement, agreement):
+            if old != new:
+                raise Stop(f"{name} has changed")
 
     def is_reusable(self) -> bool:
         """Tell whether the connection is open and idle.
@@ -1386,7 +1395,7 @@ def sync(run: Run) -> None:
         try:
             with closing(Sender(run)) as sender:
                 result = Delivery(run, state, logs, sender).deliver()
-            rest = "" if result == "ok" else "; what is not accepted stays pending"
+            rest = "" if result == "ok" else "; the rest stays pending"
             run.say(f"the run ends: {result}{rest}")
         finally:
             state.save(logs, result, flush=True)
@@ -1566,7 +1575,7 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     parts = [f"{name} events: {counts[name]}" for name in LOGS if not problems[name]]
     notes = [", ".join(parts)] if parts else []
     if as_anonymous:
-        notes.append(f"of these, {as_anonymous} stay anonymous, whatever the mode")
+        notes.append(f"of these, anonymous whatever the mode: {as_anonymous}")
     if passed_over:
         notes.append(PASSED_OVER.format(passed_over))
     notes += [problem for problem in problems.values() if problem]
@@ -1584,7 +1593,7 @@ def show_status(run: Run) -> None:
     if problem:
         last = "unknown, " + problem
     try:
-        endpoint = run.endpoint().geturl()
+        endpoint = f"{run.endpoint().geturl()} ({run.endpoint_origin()})"
     except Stop as stop:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
@@ -1649,9 +1658,8 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    # Community, to count what marks keep anonymous, as in show_status. For the marks
-    # that are saved, it makes no difference: all lines are before the new offset.
-    with lock_state(run.analytics) as state, open_logs(run, state, "community") as logs:
+    # The mode makes no difference: nothing is sent.
+    with lock_state(run.analytics) as state, open_logs(run, state, "anonymous") as logs:
         pending = describe_pending(run, logs)
         for log in logs:
             log.offset = log.size

@@ -4899,7 +4899,7 @@ def test_preview_keeps_anonymous_what_was_seen_as_anonymous(home):
         + counted(usage=2, feedback=1), id="preview"),
     pytest.param(
         None, ["community"], {"DO_NOT_TRACK": "1"},
-        'a preview of community mode; the mode that is set is off (DO_NOT_TRACK is "1", '
+        'a preview of community mode; the mode that is set is off (DO_NOT_TRACK is "1"; '
         'config says "community"): '
         + counted(usage=2, feedback=1), id="preview where off"),
 ])
@@ -4945,7 +4945,7 @@ def test_dry_run_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
     assert home.main("--dry-run").err.decode("utf-8").endswith(
-        ": " + counted(usage=5, feedback=2) + "; of these, 3 stay anonymous, whatever the mode\n")
+        ": " + counted(usage=5, feedback=2) + "; of these, anonymous whatever the mode: 3\n")
 
 
 def show_on_terminal(home, *flags, **env):
@@ -5055,7 +5055,7 @@ def test_status_prints_six_lines(home):
         "endpoint:  %s\n"
         "login:     a token in credentials\n"
         "pending:   %s\n"
-        "last sync: never\n" % (home.dir, ENDPOINT, counted(usage=2, feedback=1)))
+        "last sync: never\n" % (home.dir, ENDPOINT + " (baseUrl in config)", counted(usage=2, feedback=1)))
 
 
 # Changes of a home with 2 usage events and 1 feedback event, for --status.
@@ -5097,32 +5097,36 @@ UNFIT_TOKEN = "CREDENTIALS holds no accessToken, or one with blanks or character
         {"mode": "off (config is not a valid JSON object)"}, id="broken config"),
     pytest.param(
         None, {"SM_TEL": "on"},
-        {"mode": 'off (SM_TEL is "on", which is no mode, config says "community")'}, id="SM_TEL unknown"),
+        {"mode": 'off (SM_TEL is "on", which is no mode; config says "community")'}, id="SM_TEL unknown"),
     pytest.param(
         None, {"SM_TEL": "off"},
-        {"mode": 'off (SM_TEL is "off", config says "community")'}, id="SM_TEL off"),
+        {"mode": 'off (SM_TEL is "off"; config says "community")'}, id="SM_TEL off"),
     pytest.param(
         None, {"SM_TEL": "anonymous"},
-        {"mode": 'anonymous (SM_TEL is "anonymous", config says "community")',
+        {"mode": 'anonymous (SM_TEL is "anonymous"; config says "community")',
          "pending": counted(usage=2, feedback=1)}, id="SM_TEL anonymous"),
     pytest.param(
         None, {"DO_NOT_TRACK": "1"},
-        {"mode": 'off (DO_NOT_TRACK is "1", config says "community")'}, id="DO_NOT_TRACK"),
+        {"mode": 'off (DO_NOT_TRACK is "1"; config says "community")'}, id="DO_NOT_TRACK"),
     pytest.param(
         None, {"DISABLE_TELEMETRY": "yes"},
-        {"mode": 'off (DISABLE_TELEMETRY is "yes", config says "community")'}, id="DISABLE_TELEMETRY"),
+        {"mode": 'off (DISABLE_TELEMETRY is "yes"; config says "community")'}, id="DISABLE_TELEMETRY"),
     pytest.param(
         None, {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
-        {"mode": 'off (CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC is "1", config says "community")'}, id="nonessential"),
+        {"mode": 'off (CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC is "1"; config says "community")'}, id="nonessential"),
     pytest.param(
         Home.log_out, {},
         {"login": "no, CREDENTIALS does not exist"}, id="not logged in"),
+    pytest.param(
+        lambda home: home.write("credentials", "token"), {},
+        {"login": "no, CREDENTIALS is not a valid JSON object"}, id="broken credentials"),
     pytest.param(
         lambda home: home.write("credentials", {"accessToken": "two words"}), {},
         {"login": "no, " + UNFIT_TOKEN}, id="unfit token"),
     pytest.param(
         lambda home: home.configure(baseUrl=None), {},
-        {"endpoint": secondme_sync.BASE_URL + secondme_sync.EVENTS_PATH}, id="no baseUrl"),
+        {"endpoint": secondme_sync.BASE_URL + secondme_sync.EVENTS_PATH
+         + " (built in; a skill may pass another)"}, id="no baseUrl"),
     pytest.param(
         append_useless_lines, {},
         {"pending": counted(usage=2, feedback=1)
@@ -5166,7 +5170,7 @@ def test_status_shows_a_refused_base_url(home, base_url, shown):
 def test_status_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
-    assert status(home)["pending"] == counted(usage=5, feedback=2) + "; of these, 3 stay anonymous, whatever the mode"
+    assert status(home)["pending"] == counted(usage=5, feedback=2) + "; of these, anonymous whatever the mode: 3"
 
 
 @pytest.mark.parametrize("reply, result, hint", [
@@ -5175,7 +5179,7 @@ def test_status_counts_what_goes_as_anonymous(home):
     pytest.param(answer(401), "auth_failed",
                  " (the server does not accept the token: log in again)", id="auth_failed"),
     pytest.param(answer(500), "server_error",
-                 " (the server refused; the next run tries again)", id="server_error"),
+                 " (the server refused, see -v; the next run tries again)", id="server_error"),
     pytest.param(DROP, "network_error",
                  " (not finished: no usable answer, ended early, or still at work)", id="no answer"),
 ])
@@ -5541,7 +5545,7 @@ def read_messages(backend):
     return [re.sub(r"^batch of \d+ \(\w+ mode, \d+ bytes\) to URL", "BATCH", text) for text in said]
 
 
-STAYS = "; what is not accepted stays pending"
+STAYS = "; the rest stays pending"
 
 
 @pytest.mark.parametrize("script, said", [
@@ -5722,7 +5726,7 @@ def test_verbose_prints_to_stderr(home, flag):
                  'it must be https://HOST, or http:// with localhost, 127.x.x.x or [::1]; a port must be valid; it must have no user, blanks, "?", "#" and no '
                  'characters beyond ASCII', id="refused baseUrl"),
     pytest.param(lambda home: None,
-                 "network_error at %s: nothing answers at that port (ConnectionRefusedError)" % ENDPOINT,
+                 "network_error at %s: the connection was refused (ConnectionRefusedError)" % ENDPOINT,
                  id="nothing listens"),
 ])
 def test_verbose_says_why_a_run_stops(home, change, reason):
@@ -5807,12 +5811,21 @@ def test_verbose_says_that_a_log_cannot_be_read(home, monkeypatch):
     assert home.offsets()["usage_bytes"] == 0
 
 
-def test_verbose_says_that_the_agreement_has_changed(home):
+@pytest.mark.parametrize("change, words", [
+    # what changes while a request is on, what -v says
+    pytest.param(Home.log_out, "the token is missing", id="no token"),
+    pytest.param(lambda home: home.write("credentials", {"accessToken": "new"}),
+                 "token has changed", id="token"),
+    pytest.param(lambda home: home.configure(other=1), "config has changed", id="config"),
+    pytest.param(lambda home: home.write(".device-id", "new"),
+                 "device_id has changed", id="device id"),
+])
+def test_verbose_says_what_has_changed(home, change, words):
     home.fill(BATCH + 1)
 
-    backend = home.deliver(answers.then(home.log_out))
+    backend = home.deliver(answers.then(lambda: change(home)))
 
-    assert backend.said[-1] == "config, login or device id has changed"
+    assert backend.said[-1] == words
     assert len(backend.requests) == 1
 
 
@@ -7184,13 +7197,13 @@ SHORT_WAITS = {status: seconds for status, seconds in secondme_sync.RETRY_SECOND
 @pytest.mark.parametrize("limit, value", [
     # words of the row, value
     ("events in a request", secondme_sync.BATCH_EVENTS),
-    ("log lines in a request", secondme_sync.BATCH_BYTES // 1024),
+    ("size of the log lines in one request", secondme_sync.BATCH_BYTES // 1024),
     ("longest line", secondme_sync.MAX_LINE_BYTES // 1024),
     ("answer of the server", secondme_sync.MAX_SMALL_BYTES // 1024),
     ("bytes at the beginning of a log", secondme_sync.FINGERPRINT_BYTES),
     ("seconds of a run", secondme_sync.RUN_SECONDS),
     ("seconds to connect", secondme_sync.CONNECT_SECONDS),
-    ("seconds without any progress", secondme_sync.IDLE_SECONDS),
+    ("seconds that a request may stand still", secondme_sync.IDLE_SECONDS),
     ("after 429, if the server names none", secondme_sync.RETRY_SECONDS[429]),
     ("after 429, at most", secondme_sync.MAX_DELAY_SECONDS),
     ("after " + ", ".join(map(str, sorted(SHORT_WAITS))), max(SHORT_WAITS.values())),
