@@ -1094,7 +1094,6 @@ class Sender:
         try:
             response = self.attempt(batch.body)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            self.connection.close()
             reason = explain_failure(error)
             raise Stop(f"network_error at {self.server}: {reason}") from None
         result, words = response.outcome

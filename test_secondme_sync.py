@@ -1535,6 +1535,31 @@ def test_log_that_grows_while_opened_is_the_same(home, monkeypatch, grows):
     home.assert_done()
 
 
+@pytest.mark.parametrize("opening", [1, 2])
+def test_line_completed_while_its_log_is_opened_is_sent_once(home, monkeypatch, opening):
+    """A run opens a log twice. It reads no further than the log was long at that moment."""
+    home.append("usage", b'{"session": "s-0"}\n{"session": ')
+    real = secondme_sync.open_regular
+    openings = []
+
+    def complete():
+        openings.append(1)
+        if len(openings) == opening:
+            home.append("usage", b'"s-1"}\n')
+
+    def open_regular(path):
+        file = real(path)
+        return GrowingLog(file, lambda: None, complete) if path.endswith("usage.jsonl") else file
+
+    monkeypatch.setattr(secondme_sync, "open_regular", open_regular)
+    arrived = home.deliver().sessions
+    monkeypatch.undo()
+    arrived += home.deliver().sessions
+
+    assert arrived == ["s-0", "s-1"]
+    home.assert_done()
+
+
 @pytest.mark.parametrize("unlink", [
     pytest.param(True, id="replaced"), pytest.param(False, id="truncated")])
 @posix_only("an open log can be neither replaced nor truncated there")
@@ -5561,6 +5586,9 @@ STAYS = "; the rest stays pending"
                  ["BATCH: HTTP 200, the answer is not a JSON object (network_error)",
                   "the run ends: network_error" + STAYS],
                  id="no JSON"),
+    pytest.param([answers.cut_off(200)],
+                 ["BATCH: HTTP 200, the answer is not a JSON object (network_error)",
+                  "the run ends: network_error" + STAYS], id="half a body"),
     pytest.param([answer(302, Location="https://example.test")],
                  ["BATCH: HTTP 302, a redirect, which is not followed (server_error)",
                   "the run ends: server_error" + STAYS],
@@ -5973,6 +6001,17 @@ def test_user_without_home_and_name_is_silent(open_home):
     result = home.run("-v", shim=AS_NAMELESS, PYTHONPATH=str(ROOT), HOME=None)
 
     assert result == Result(0, b"", b"secondme_sync: the run ends: there is no home directory: HOME must be an absolute path\n")
+
+
+@posix_only("Windows has USERPROFILE")
+def test_home_of_the_account_is_used_where_home_is_not_set(home):
+    home.fill(1)
+    shim = "import pwd, types\npwd.getpwuid = lambda uid: types.SimpleNamespace(pw_dir=%r)"
+
+    with home.backend() as backend:
+        assert home.run(shim=shim % str(home.path), HOME=None) == SILENT
+
+    assert backend.sessions == ["s-0"]
 
 
 def test_home_wins_over_userprofile(home, tmp_path):
