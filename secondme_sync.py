@@ -108,8 +108,6 @@ MAX_LINE_BYTES = 1024 * 1024
 MAX_SMALL_BYTES = 64 * 1024
 # The size of one read of a file.
 BUFFER_BYTES = 32 * 1024
-# The size of one write of a body. Each must succeed within IDLE_SECONDS.
-BLOCK_BYTES = 8 * 1024
 # The beginning of a log, which tells whether it was replaced.
 FINGERPRINT_BYTES = 256
 # One disk sector.
@@ -1013,8 +1011,6 @@ def make_connection(url: "SplitResult", proxy: "Optional[Proxy]") -> "HTTPConnec
         connection = http.client.HTTPSConnection(proxy.host)
         headers = {"Proxy-Authorization": proxy.login} if proxy.login else {}
         connection.set_tunnel(url.hostname or "", url.port or 443, headers)
-    # (Python 3.6 has no blocksize. It always uses 8 KiB.)
-    connection.blocksize = BLOCK_BYTES
     # http.client has no public way to set the time limits of connect().
     connection._create_connection = connect  # type: ignore[attr-defined]
     return connection
@@ -1144,7 +1140,7 @@ class Sender:
             "User-Agent": "secondme_sync/" + VERSION,
         }
         try:
-            # http.client sends a file block by block, each with a time limit of its
+            # http.client sends a file in blocks of 16 KiB, each with a time limit of its
             # own. Bytes would go out in one sendall(), with one limit for all of them.
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
