@@ -34,7 +34,7 @@ server can tell whose events they are.
 
 Events go in the mode that is set when they are sent. Two kinds go as anonymous, even in
 community mode:
-    - events that were pending when a run in anonymous mode began and recorded that
+    - events that were in a log when a run in anonymous mode wrote its first record
     - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
@@ -43,7 +43,7 @@ Proxies and certificates are used as Python's urllib uses them. But http to this
 machine, and https://localhost, never use a proxy.
 
 Words that this file uses:
-    batch    up to 100 events, sent in one request
+    batch    up to 100 events, sent in one request (or none, if lines hold no events)
     mark     three numbers for each log: how much of it is done; the place before which
              lines go as anonymous; and a checksum to tell whether the log was replaced
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
@@ -113,9 +113,9 @@ FINGERPRINT_BYTES = 256
 # One disk sector.
 RECORD_BYTES = 512
 
-# The result of a run that is not finished: the word for a network error, for the
-# contract has none of its own for that. It is recorded before the first request, so it
-# stands if the run is cut short.
+# The result of a run that is not finished. The contract has no word for that, so its
+# word for a network error is used. It is recorded before the first request, and stands
+# if the run is cut short.
 UNFINISHED = "network_error"
 
 # What --status adds to a result.
@@ -199,7 +199,7 @@ Line = namedtuple("Line", "log begin end mode event is_blank")
 # lines: up to 100 Lines with events, all of one mode; none, if the batch covers only
 # lines that hold no event. body: what is posted; empty if there are no lines. ends: by
 # Log (see the class below), the offset after the batch. passed_over: how many lines
-# hold no event, blank ones aside.
+# hold no event that can be sent, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
 # "refused" if the server refuses the body, which is not recorded; see Delivery.search.
@@ -221,7 +221,8 @@ class Stop(Exception):
     """Ends a run early. The message is for people and never holds the token."""
 
 
-# Small files and JSON. What is missing, broken or of another type counts as missing.
+# Small files and JSON. What is broken or of another type counts as missing. (But a mode
+# or a baseUrl of another type is refused.)
 
 
 def open_regular(path: str) -> "BinaryIO":
@@ -281,7 +282,10 @@ def get(container: "Mapping[str, Any]", key: str, default: "T") -> "T":
 
 
 def get_count(container: "Mapping[str, Any]", key: str) -> int:
-    """Return the whole number of at most 63 bits under a key, 0 if there is none."""
+    """Return the whole number of at most 63 bits under a key, 0 if there is none.
+
+    More bits than that could not be the offset of a file.
+    """
     value = get(container, key, 0)
     return value if 0 <= value < 1 << 63 else 0
 
@@ -405,7 +409,7 @@ class Run:
     reason     in words, what decided the mode
     base_url   the server, unless config names one
     max_time   seconds that the run may take
-    deadline   when they are up, by the clock
+    deadline   when max_time is over, by the clock
     say        takes a message for people, which -v prints
     """
 
@@ -542,7 +546,8 @@ class State:
         # 512 bytes alone. If they are no JSON, try all of it.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
-        # A blank file is an empty one, not a broken one.
+        # A blank file is an empty one, not a broken one. (A broken one counts as empty,
+        # too; --status says so.)
         self.is_broken = not saved and decode(data, "replace") != ""
         self.timestamp = get(saved, "last_sync_ts", "")
         self.result = get(saved, "last_sync_result", "")
@@ -595,13 +600,15 @@ class State:
 
     def write(self, record: bytes, flush: bool) -> None:
         if len(record) >= RECORD_BYTES:
+            # With two logs, it never is: numbers have 19 digits at most.
             raise OSError(0, "the record is longer than 512 bytes")
         self.file.seek(0)
         write_all(self.file, record.ljust(RECORD_BYTES - 1) + b"\n")
         if flush:
             flush_file(self.file)
             # Another program's file may be longer. Its rest is cut off only now that
-            # our record is on the disk. (The first save of a run has flush=True.)
+            # our record is on the disk. (The first save of a run has flush=True, so the
+            # later ones find no rest.)
             self.file.truncate(RECORD_BYTES)
 
 
@@ -734,8 +741,8 @@ class Log:
         """Return the next line, b"" at the end of the log.
 
         limit: how many bytes of the log are left, not below 0.
-        A line longer than 1 MiB comes in pieces, one a call. Only the last of them ends
-        with a newline.
+        A line longer than 1 MiB comes in pieces, one a call. The last of them ends with
+        a newline, unless the line is unfinished.
         """
         try:
             # One byte more, for the newline.
@@ -809,7 +816,10 @@ def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
 def shape_event(
     mode: str, log_name: str, event: "Mapping[str, Any]"
 ) -> "Dict[str, Any]":
-    """Return what is sent of an event: the fields that a mode allows, without nulls."""
+    """Return what is sent of an event: its type and the fields that a mode allows.
+
+    Fields that are null are left out.
+    """
     payload = {"type": log_name}  # type: Dict[str, Any]
     for field in FIELDS[mode][log_name]:
         value = event.get(field, DEFAULTS.get(field))
@@ -851,7 +861,7 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
         # This is rare. Find the events that are at fault, one by one.
         lines = [line for line in batch.lines if is_encodable(line)]
         passed_over = batch.passed_over + len(batch.lines) - len(lines)
-        # This cannot fail: each of the lines has been tried, at the same depth.
+        # This cannot fail: each of the lines has been tried.
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
@@ -921,7 +931,8 @@ def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
     if not 200 <= status < 300:
         return Outcome("server_error", "not accepted")
     if answer is None:
-        # This is not from our server, but perhaps the login page of a public network.
+        # Most likely, this is not from our server, but the login page of a public
+        # network.
         return Outcome("network_error", "the answer is not a JSON object")
     code = answer.get("code")
     if type(code) is not int:
@@ -1032,7 +1043,7 @@ def explain_failure(error: Exception) -> str:
 
 
 class Sender:
-    """Posts bodies over one connection, which is kept as long as the server keeps it.
+    """Posts batches over one connection, which is kept after each success.
 
     The token goes into a header of these requests and nowhere else: within TLS, or to
     this machine. A redirect is not followed.
@@ -1113,7 +1124,7 @@ class Sender:
             try:
                 return self.exchange(body)
             except socket.timeout:
-                # The connection is open, and the server may be at work on the request.
+                # The server may be at work on the request.
                 raise
             except OSError:
                 # Most likely, the server has closed it. Go on with a new connection.
@@ -1140,8 +1151,9 @@ class Sender:
             "User-Agent": "secondme_sync/" + VERSION,
         }
         try:
-            # http.client sends a file in blocks of 16 KiB, each with a time limit of its
-            # own. Bytes would go out in one sendall(), with one limit for all of them.
+            # http.client sends a file in blocks of 16 KiB, each with a time limit of
+            # its own. Bytes would go out in one sendall(), with one limit for all of
+            # them.
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
             response = self.read_early_response()
@@ -1161,7 +1173,8 @@ class Sender:
 
         with suppress(OSError, http.client.HTTPException):
             # If there is an answer, it is there already. (A limit of 0 would make the
-            # socket non-blocking, and TLS may need to read twice.)
+            # socket non-blocking, and TLS may need to read twice.) Afterwards, this
+            # connection is closed in any case.
             self.connection.sock.settimeout(0.1)
             response = self.read_response()
             self.connection.close()
@@ -1290,7 +1303,8 @@ class Delivery:
 
     def send(self, batch: Batch) -> str:
         """Post a batch; if it is accepted, record that. Return the result."""
-        # A batch without a body covers only lines that hold no event. It is not posted.
+        # A batch without a body covers only lines without an event that can be sent. It
+        # is not posted.
         result = self.sender.post(batch) if batch.body else "ok"
         if result == "ok":
             self.advance(batch)
@@ -1311,10 +1325,10 @@ class Delivery:
 
         The batch is posted in halves, a refused half in halves, and so on, until a
         single event is refused. For example, if the server refuses the third of four
-        events, the requests are [1 2 3 4] [1 2] [3 4] [3]. If all parts are accepted,
-        the batch was too large, and the rest of the run uses batches of the last size.
+        events, the requests are [1 2 3 4] [1 2] [3 4] [3]. If both halves of a batch
+        are accepted, it was too large, and the rest of the run uses their size.
         """
-        # How many of the next events are suspects: fewer with each answer.
+        # The fault is among so many next events. size: half of the last refused batch.
         suspects = len(batch.lines)
         size = suspects // 2
         accepts_others = False
@@ -1341,7 +1355,8 @@ class Delivery:
         """Leave a refused event out for good, or keep it pending; return the result.
 
         To leave it out takes proof that the event is at fault and not the server: the
-        server must have accepted another event during the search. If it has not, the
+        server must have accepted another event during the search. (What it accepted
+        before proves nothing: it may have begun to refuse all.) If it has not, the
         next event is posted alone. If that is refused, too, or if there is none, the
         refused event stays pending, and all behind it.
         """
@@ -1353,6 +1368,7 @@ class Delivery:
             self.say(left_out)
             self.advance(lone)
             return "ok"
+        # If the next event is accepted, this records that both are done.
         result = self.send_behind(lone)
         if result == "ok":
             self.say(left_out)
@@ -1563,7 +1579,8 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
-            # A mark keeps this line anonymous. (In anonymous mode, no line differs.)
+            # A mark keeps this line anonymous. (Only in logs opened in community mode
+            # do such lines differ.)
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
@@ -1653,10 +1670,11 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    # The mode makes no difference: nothing is sent.
+    # Nothing is sent. Anonymous, so that the count says nothing of modes.
     with lock_state(run.analytics) as state, open_logs(run, state, "anonymous") as logs:
         pending = describe_pending(run, logs)
         for log in logs:
+            # If the log ends in half a line, the other half will be no event either.
             log.offset = log.size
         state.save(logs, "skipped", flush=True)
     show("never to be sent: " + pending, sys.stdout)
@@ -1682,7 +1700,7 @@ switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Pyth
 uses them.
 """
 
-# What else the program can do, and what --help says of it.
+# Flags that take no value and name an action, and what --help says of them.
 ACTIONS = {
     "status": "print mode, endpoint, login, pending events, last result",
     "pending": "print yes or no: would a run have something to do",
@@ -1748,7 +1766,7 @@ def parse_args(argv: "List[str]") -> Options:
         parser.error("--max-time must be above 0, and a day at most")
     if options.preview:
         options.action = "dry-run"
-    # The parser names what it stores as Options names its fields.
+    # What the parser stores has the names of the fields of Options.
     return Options(**vars(options))
 
 
@@ -1802,7 +1820,7 @@ def main(argv: "List[str]") -> int:
     except Exception as error:
         # Name only the type: the text of the error may hold the token.
         message = f"an unexpected error ({type(error).__name__})"
-    # What is called by hand says why it ended early.
+    # These three are called by hand, so they say why they ended early.
     if options.verbose or options.action in ("dry-run", "skip-pending", "status"):
         show("secondme_sync: " + message, sys.stderr)
     if options.action == "pending":
