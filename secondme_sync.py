@@ -1462,19 +1462,22 @@ def find_script() -> str:
 def sync_in_background(run: Run) -> None:
     """Sync in a process that outlives this one, if there is something to do."""
     check_prerequisites(run)
+    started = "started in the background; --status shows the last result"
     script = find_script()
     if script and sys.executable:
         command = [sys.executable, "-I", script]
         command += ["--dir", run.directory, "--base-url", run.base_url]
         command += ["--max-time", str(run.max_time)]
         start_detached(command, run.directory)
-        run.say("started in the background; --status shows the last result")
+        run.say(started)
     elif sys.platform == "win32":
         # It cannot fork, so the caller waits.
         sync_in_foreground(run)
     elif fork_detached(run.directory):
         # This is the new process.
         sync_in_foreground(run)
+    else:
+        run.say(started)
 
 
 def start_detached(command: "List[str]", folder: str) -> None:
@@ -1812,6 +1815,7 @@ def main(argv: "List[str]") -> int:
     except Stop as stop:
         effects = {
             "dry-run": "nothing would be sent", "skip-pending": "nothing is skipped",
+            "status": "nothing can be shown",
         }
         message = f"{effects.get(options.action, 'the run ends')}: {stop}"
     except BrokenPipeError:

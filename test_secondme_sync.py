@@ -5698,17 +5698,6 @@ def test_verbose_names_a_log_that_cannot_be_read_beside_one_that_is_sent(home):
         "the run ends: ok"]
 
 
-def test_verbose_says_that_a_run_is_started_in_the_background(home):
-    home.fill(1)
-
-    with home.backend() as backend:
-        result = home.run("--background", "-v")
-        until(lambda: home.result == "ok")
-
-    assert result.err == b"secondme_sync: started in the background; --status shows the last result\n"
-    assert backend.sessions == ["s-0"]
-
-
 def test_verbose_counts_lines_passed_over(home):
     home.append("usage", b"no event\n\n[1]\n" + line(usage(0)))
 
@@ -5982,6 +5971,13 @@ def test_home_that_is_no_absolute_path_is_not_used(tmp_path, value, folder):
     assert home.offsets() is None
 
 
+def test_status_without_a_home_says_why_it_shows_nothing(home):
+    result = wait(home.start([sys.executable, str(SCRIPT), "--status"], {"HOME": ""}))
+
+    assert result == Result(0, b"", b"secondme_sync: nothing can be shown: "
+                            b"there is no home directory: HOME must be an absolute path\n")
+
+
 # Gives the process a user id that has no name.
 AS_NAMELESS = AS_NOBODY.replace("65534", "54321")
 
@@ -6202,6 +6198,18 @@ def test_background_works_for_the_leader_of_a_session(home, form):
         assert home.run("--background", shim=form, options={"start_new_session": True}) == SILENT
         until(lambda: home.result == "ok")
 
+    assert backend.sessions == ["s-0"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_verbose_says_that_a_run_is_started_in_the_background(home, form):
+    home.fill(1)
+
+    with home.backend() as backend:
+        result = home.run("--background", "-v", shim=form)
+        until(lambda: home.result == "ok")
+
+    assert result.err == b"secondme_sync: started in the background; --status shows the last result\n"
     assert backend.sessions == ["s-0"]
 
 
