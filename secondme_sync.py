@@ -386,7 +386,7 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
         # raises ValueError.
         with suppress(ValueError):
             url = urllib.parse.urlsplit(text.rstrip("/") + EVENTS_PATH)
-            if url.port != 0:  # None if no port is given
+            if url.port != 0:  # None means the usual port
                 return url
     # What stands before an "@" may be a password, and must not be shown.
     shown = json.dumps(base_url)
@@ -1334,7 +1334,7 @@ class Delivery:
         accepts_others = False
         while suspects > 0:
             smaller = self.next_batch(min(suspects, size))
-            if smaller is None:  # the log was cut off meanwhile
+            if smaller is None:  # the log was cut off
                 return "ok"
             result = self.send(smaller)
             if result == "ok":
