@@ -67,8 +67,8 @@ if __name__ == "__main__":
     # Ctrl-C ends the program at once and without a traceback. (If the parent process
     # ignores Ctrl-C, so does this one.) There is nothing to tidy up: a kill or a power
     # cut loses nothing. After a kill, the next run sends at most one batch again. After
-    # a power cut, it may send again all that this run has sent, for only the first and
-    # the last record of a run are flushed to the disk.
+    # a power cut, it may send again all that this run has sent, for records in between
+    # its first and its last are not flushed to the disk.
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -600,7 +600,7 @@ class State:
 
     def write(self, record: bytes, flush: bool) -> None:
         if len(record) >= RECORD_BYTES:
-            # With two logs, it never is: numbers have 19 digits at most.
+            # It never is with two logs, for numbers have 19 digits at most.
             raise OSError(0, "the record is longer than 512 bytes")
         self.file.seek(0)
         write_all(self.file, record.ljust(RECORD_BYTES - 1) + b"\n")
@@ -1151,7 +1151,7 @@ class Sender:
             "User-Agent": "secondme_sync/" + VERSION,
         }
         try:
-            # http.client sends a file in blocks of 16 KiB, each with a time limit of
+            # http.client sends a file in blocks of 8 KiB, each with a time limit of
             # its own. Bytes would go out in one sendall(), with one limit for all of
             # them.
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
@@ -1661,9 +1661,10 @@ def dry_run(run: Run, preview: str) -> None:
 def skip_pending(run: Run) -> None:
     """Mark what is logged so far as never to be sent, in any mode.
 
-    This holds as long as .sync-offsets and the first 256 bytes of each log are left
-    alone. If the first bytes of a log change, all of it is pending again, and sent as
-    anonymous. If .sync-offsets is lost, all is pending in the mode that is set.
+    This holds as long as .sync-offsets and that part of the logs are left alone. If
+    the first 256 bytes of a log change, all of it is pending again, and sent as
+    anonymous. If it grows in the middle, its last lines are. If .sync-offsets is lost,
+    or an older script replaces it, see "Pitfalls" in the README.
     """
     if not os.path.isdir(run.directory):
         raise Stop(f"there is no directory {run.directory} yet")
@@ -1824,7 +1825,7 @@ def main(argv: "List[str]") -> int:
     except Exception as error:
         # Name only the type: the text of the error may hold the token.
         message = f"an unexpected error ({type(error).__name__})"
-    # These three are called by hand, so they say why they ended early.
+    # These three are asked for an answer, so they say why there is none.
     if options.verbose or options.action in ("dry-run", "skip-pending", "status"):
         show("secondme_sync: " + message, sys.stderr)
     if options.action == "pending":
