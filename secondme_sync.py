@@ -34,7 +34,7 @@ server can tell whose events they are.
 
 Events go in the mode that is set when they are sent. Two kinds go as anonymous, even in
 community mode:
-    - events that were in a log when a run in anonymous mode wrote its first record
+    - events that were in a log when a run in anonymous mode began to record
     - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
@@ -43,7 +43,8 @@ Proxies and certificates are used as Python's urllib uses them. But http to this
 machine, and https://localhost, never use a proxy.
 
 Words that this file uses:
-    batch    up to 100 events, sent in one request (or none, if lines hold no events)
+    run      one execution of this program that uploads
+    batch    up to 100 events, sent in one request
     mark     three numbers for each log: how much of it is done; the place before which
              lines go as anonymous; and a checksum to tell whether the log was replaced
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
@@ -121,8 +122,13 @@ UNFINISHED = "network_error"
 # What --status adds to a result.
 RESULTS = {
     "auth_failed": " (the server does not accept the token: log in again)",
-    "server_error": " (the server refused, see -v; the next run tries again)",
-    UNFINISHED: " (not finished: no usable answer, ended early, or still at work)",
+    "server_error": (
+        " (the server refused; the next run tries again; to see why, use -v)"
+    ),
+    UNFINISHED: (
+        " (not finished: no usable answer, ended early, or still at work; to see why,"
+        " use -v)"
+    ),
 }
 
 RUN_SECONDS = 30  # see --max-time
@@ -405,6 +411,7 @@ class Run:
     directory  the state directory, an absolute path
     analytics  the directory of the logs and of .sync-offsets
     config     the content of config, on which consent was decided
+    settings   the JSON object in it; empty if there is none
     mode       "community", "anonymous" or "off"
     reason     in words, what decided the mode
     base_url   the server, unless config names one
@@ -426,6 +433,7 @@ class Run:
         self.directory = directory
         self.analytics = os.path.join(directory, "analytics")
         self.config = read_small(os.path.join(directory, "config"))
+        self.settings = parse_object(decode(self.config)) or {}
         self.mode, self.reason = decide_consent(self.config, environment)
         if not self.config:
             problem = find_problem(os.path.join(directory, "config"))
@@ -472,13 +480,12 @@ class Run:
         passes the flag. A baseUrl that is no text, such as null, does not count as
         missing; it is refused.
         """
-        settings = parse_object(decode(self.config)) or {}
-        base_url = settings.get("baseUrl", self.base_url)
+        base_url = self.settings.get("baseUrl", self.base_url)
         return parse_endpoint(base_url, self.endpoint_origin())
 
     def endpoint_origin(self) -> str:
         """Say where the base URL comes from."""
-        if "baseUrl" in (parse_object(decode(self.config)) or {}):
+        if "baseUrl" in self.settings:
             return "baseUrl in config"
         if self.base_url == BASE_URL:
             return "built in; a skill may pass another"
@@ -985,25 +992,30 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
 def find_proxy(url: "SplitResult") -> "Optional[Proxy]":
     """Return the Proxy for a URL, None if there is none.
 
-    Proxies are those of the environment and the system, as urllib understands them.
+    Proxies are those of the environment and the system, as urllib understands them. So
+    are the hosts that need none (no_proxy).
     """
     if url.scheme == "http" or url.hostname == "localhost":
         # This machine. To a proxy, localhost would be the proxy's own machine.
         return None
+    import base64
+    import urllib.parse
     import urllib.request
 
-    # ProxyHandler has a method https_open() if there is a proxy for https. In spite of
-    # its name it opens nothing: it calls request.set_proxy() and returns. If no_proxy
-    # does not name the server, it sets the host of the request to that of the proxy,
-    # and adds the login for the proxy as a header. So a host that has changed is that
-    # of a proxy.
-    request = urllib.request.Request(url.geturl())
-    handler = urllib.request.ProxyHandler()
-    if hasattr(handler, "https_open"):
-        handler.https_open(request)
-    if request.host == url.netloc:
+    proxy = urllib.request.getproxies().get("https")
+    if not proxy or urllib.request.proxy_bypass(url.netloc):
         return None
-    return Proxy(request.host, request.get_header("Proxy-authorization"))
+    # It is a URL, or only a host and a port.
+    parts = urllib.parse.urlsplit(proxy if "://" in proxy else "//" + proxy)
+    if not parts.hostname:
+        # http.client would connect to this machine.
+        raise ValueError("a proxy without a host")
+    login = None
+    if parts.username and parts.password:
+        words = parts.username + ":" + parts.password
+        code = base64.b64encode(urllib.parse.unquote_to_bytes(words))
+        login = "Basic " + code.decode("ascii")
+    return Proxy(parts.netloc.rpartition("@")[2], login)
 
 
 def make_connection(url: "SplitResult", proxy: "Optional[Proxy]") -> "HTTPConnection":
@@ -1081,7 +1093,7 @@ class Sender:
 
     def post(self, batch: Batch) -> str:
         """Post a batch, and once more if the status says so; return the result."""
-        response = self.request(batch)
+        response = self.post_once(batch)
         delay = retry_delay(response, time.time())
         if delay is not None and self.run.has_time(delay):
             self.run.say(f"retry in {delay:.0f} s")
@@ -1091,15 +1103,15 @@ class Sender:
                 # Some sandboxes refuse it. Then the first answer counts.
                 pass
             else:
-                response = self.request(batch)
+                response = self.post_once(batch)
         return str(response.outcome.result)
 
-    def request(self, batch: Batch) -> Response:
-        """Make a request; raise Stop if no answer comes."""
+    def post_once(self, batch: Batch) -> Response:
+        """Post a batch; raise Stop if no answer comes."""
         import http.client
 
         try:
-            response = self.attempt(batch.body)
+            response = self.exchange(batch.body)
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = explain_failure(error)
             raise Stop(f"network_error at {self.server}: {reason}") from None
@@ -1111,7 +1123,7 @@ class Sender:
         )
         return response
 
-    def attempt(self, body: bytes) -> Response:
+    def exchange(self, body: bytes) -> Response:
         """Make a request over the kept connection, or else over a new one.
 
         A server may close a kept connection at any moment, even while it is written to.
@@ -1122,7 +1134,7 @@ class Sender:
 
         if self.is_reusable():
             try:
-                return self.exchange(body)
+                return self.exchange_once(body)
             except socket.timeout:
                 # The server may be at work on the request.
                 raise
@@ -1133,9 +1145,9 @@ class Sender:
         self.check_agreement()
         self.connection.close()
         self.connection.connect()
-        return self.exchange(body)
+        return self.exchange_once(body)
 
-    def exchange(self, body: bytes) -> Response:
+    def exchange_once(self, body: bytes) -> Response:
         """Make a request over the open connection."""
         # Again: to connect may have taken seconds.
         self.check_agreement()
@@ -1171,15 +1183,15 @@ class Sender:
         """
         import http.client
 
-        with suppress(OSError, http.client.HTTPException):
+        try:
             # If there is an answer, it is there already. (A limit of 0 would make the
-            # socket non-blocking, and TLS may need to read twice.) Afterwards, this
-            # connection is closed in any case.
+            # socket non-blocking, and TLS may need to read twice.)
             self.connection.sock.settimeout(0.1)
-            response = self.read_response()
+            return self.read_response()
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
             self.connection.close()
-            return response
-        return None
 
     def check_agreement(self) -> None:
         """Raise Stop if config, token or device id is no longer what it was."""
@@ -1228,18 +1240,12 @@ def read_body(reply: "HTTPResponse") -> bytes:
     import http.client
 
     with suppress(OSError, http.client.HTTPException):
-        # readinto() fills the buffer, unless the body ends before. It returns 0 at the
-        # end. (Not read(), which has no end if a chunk claims to have a length of -1.)
-        data = bytearray(MAX_SMALL_BYTES)
-        size = reply.readinto(data)
-        # Try to read one byte more.
-        is_longer = reply.readinto(bytearray(1)) > 0
-        # If the connection is closed early, readinto() raises for a chunked body. For
-        # others it does not, and length is how many bytes are missing. (None if the
-        # server has announced no length.)
-        is_cut_off = bool(reply.length)
-        if not is_longer and not is_cut_off:
-            return bytes(data[:size])
+        data = reply.read(MAX_SMALL_BYTES + 1)
+        # If the connection breaks, read() raises for a chunked body. For others it does
+        # not, but length says how many bytes are missing. (None if the server has
+        # announced no length.)
+        if len(data) <= MAX_SMALL_BYTES and not reply.length:
+            return data
     return b""
 
 
@@ -1270,7 +1276,7 @@ def check_prerequisites(run: Run) -> None:
 class Delivery:
     """Sends what is pending, batch by batch, and records each batch that is accepted.
 
-    max_events  how many events the next batch may hold
+    accepts_others  whether the server has accepted an event since it began to refuse
     """
 
     def __init__(
@@ -1281,33 +1287,51 @@ class Delivery:
         self.logs = logs
         self.sender = sender
         self.device_id = sender.agreement.device_id
-        self.max_events = BATCH_EVENTS
+        self.accepts_others = False
 
     def deliver(self) -> str:
         """Send all that is pending; return the result to record."""
         while True:
-            batch = self.next_batch(self.max_events)
+            batch = self.next_batch(BATCH_EVENTS)
             if batch is None:
                 return "ok"
+            # What the server accepted before this batch proves nothing: it may have
+            # begun to refuse everything.
+            self.accepts_others = False
             result = self.send(batch)
-            if result == "refused" and len(batch.lines) == 1:
-                result = self.settle_refused(batch, accepts_others=False)
-            elif result == "refused":
-                result = self.search(batch)
-            if result != "ok":
+            # Behind an event that is left out, a full batch begins.
+            if result not in ("ok", "left out"):
                 return result
 
     def next_batch(self, max_events: int) -> "Optional[Batch]":
-        """Return the next batch, None if nothing is pending."""
-        return read_batch(get_offsets(self.logs), max_events, self.device_id)
+        """Return the next batch with an event, None if no event is pending."""
+        starts = get_offsets(self.logs)
+        for batch in read_batches(starts, max_events, self.device_id):
+            if batch.body:
+                return batch
+            # It covers only lines without an event that can be sent.
+            self.advance(batch)
+        return None
 
     def send(self, batch: Batch) -> str:
+        """Post a batch, or its parts if it is refused; return the result.
+
+        The result is "left out" if an event in it was left out for good. What is behind
+        that event was not sent yet.
+        """
+        result = self.post(batch)
+        if result == "refused" and len(batch.lines) > 1:
+            return self.send_halves(len(batch.lines))
+        if result == "refused":
+            return self.settle_refused(batch)
+        return result
+
+    def post(self, batch: Batch) -> str:
         """Post a batch; if it is accepted, record that. Return the result."""
-        # A batch without a body covers only lines without an event that can be sent. It
-        # is not posted.
-        result = self.sender.post(batch) if batch.body else "ok"
+        result = self.sender.post(batch)
         if result == "ok":
             self.advance(batch)
+            self.accepts_others = True
         return result
 
     def advance(self, batch: Batch) -> None:
@@ -1320,64 +1344,49 @@ class Delivery:
         if batch.passed_over:
             self.say(PASSED_OVER.format(batch.passed_over))
 
-    def search(self, batch: Batch) -> str:
-        """Search a refused batch for the event that is at fault; return the result.
+    def send_halves(self, count: int) -> str:
+        """Send the next events, count of them, in two halves; return as send() does.
 
-        The batch is posted in halves, a refused half in halves, and so on, until a
-        single event is refused. For example, if the server refuses the third of four
-        events, the requests are [1 2 3 4] [1 2] [3 4] [3]. If both halves of a batch
-        are accepted, it was too large, and the rest of the run uses their size.
+        They were refused as one batch. send() halves a refused half in its turn, until
+        the event that is at fault stands alone. For example, if the server refuses the
+        third of four events, the requests are [1 2 3 4] [1 2] [3 4] [3].
         """
-        # The fault is among so many next events. size: half of the last refused batch.
-        suspects = len(batch.lines)
-        size = suspects // 2
-        accepts_others = False
-        while suspects > 0:
-            smaller = self.next_batch(min(suspects, size))
-            if smaller is None:  # the log was cut off
+        for half in (count // 2, count - count // 2):
+            batch = self.next_batch(half)
+            if batch is None:
+                # The log was cut off meanwhile.
                 return "ok"
-            result = self.send(smaller)
-            if result == "ok":
-                suspects -= len(smaller.lines)
-                # A batch without events was not posted, and proves nothing.
-                accepts_others = accepts_others or bool(smaller.lines)
-            elif result != "refused":
+            result = self.send(batch)
+            if result != "ok":
                 return result
-            elif len(smaller.lines) == 1:
-                return self.settle_refused(smaller, accepts_others)
-            else:
-                suspects = len(smaller.lines)
-                size = suspects // 2
-        self.max_events = size
         return "ok"
 
-    def settle_refused(self, lone: Batch, accepts_others: bool) -> str:
+    def settle_refused(self, lone: Batch) -> str:
         """Leave a refused event out for good, or keep it pending; return the result.
 
         To leave it out takes proof that the event is at fault and not the server: the
-        server must have accepted another event during the search. (What it accepted
-        before proves nothing: it may have begun to refuse all.) If it has not, the
-        next event is posted alone. If that is refused, too, or if there is none, the
-        refused event stays pending, and all behind it.
+        server must have accepted another event since it refused the batch that held
+        this one. If it has not, the next event is posted alone. If that is refused,
+        too, or if there is none, the refused event stays pending, and all behind it.
         """
         line = lone.lines[0]
         place = f"byte {line.begin} of {line.log.name}.jsonl"
         words = f"the server refuses the event at {place}"
-        left_out = words + ", but accepts others; it is left out for good"
-        if accepts_others:
-            self.say(left_out)
+        result = "ok"  # type: Optional[str]
+        if self.accepts_others:
             self.advance(lone)
-            return "ok"
-        # If the next event is accepted, this records that both are done.
-        result = self.send_behind(lone)
+        else:
+            # If the next event is accepted, this records that both are done.
+            result = self.post_behind(lone)
         if result == "ok":
-            self.say(left_out)
-        elif result in ("refused", None):
-            result = "server_error"
+            self.say(words + ", but accepts others; it is left out for good")
+            return "left out"
+        if result in ("refused", None):
             self.say(words + "; it stays pending, and all behind it")
-        return result
+            return "server_error"
+        return str(result)
 
-    def send_behind(self, lone: Batch) -> "Optional[str]":
+    def post_behind(self, lone: Batch) -> "Optional[str]":
         """Post the event behind a lone one; return the result, None for no event.
 
         If it is accepted, the end of its batch is recorded. The lone event lies before
@@ -1387,7 +1396,7 @@ class Delivery:
         for batch in read_batches(lone.ends, 1, self.device_id):
             passed_over += batch.passed_over
             if batch.body:
-                return self.send(batch._replace(passed_over=passed_over))
+                return self.post(batch._replace(passed_over=passed_over))
         return None
 
 
@@ -1462,7 +1471,7 @@ def find_script() -> str:
 def sync_in_background(run: Run) -> None:
     """Sync in a process that outlives this one, if there is something to do."""
     check_prerequisites(run)
-    started = "started in the background; --status shows the last result"
+    started = "a run begins in the background; --status shows how it ended"
     script = find_script()
     if script and sys.executable:
         command = [sys.executable, "-I", script]
@@ -1578,7 +1587,9 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     counts = dict.fromkeys(LOGS, 0)
     as_anonymous = 0
     passed_over = 0
-    for batch in read_batches(get_offsets(logs), BATCH_EVENTS, ""):
+    ends = get_offsets(logs)
+    for batch in read_batches(ends, BATCH_EVENTS, ""):
+        ends = batch.ends
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
@@ -1593,6 +1604,9 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         notes.append(f"of these, anonymous whatever the mode: {as_anonymous}")
     if passed_over:
         notes.append(PASSED_OVER.format(passed_over))
+    unfinished = sum(end < log.size for log, end in ends.items())
+    if unfinished:
+        notes.append(f"half-written lines: {unfinished}")
     notes += [problem for problem in problems.values() if problem]
     return "; ".join(notes)
 
@@ -1606,7 +1620,7 @@ def show_status(run: Run) -> None:
     if state.is_broken:
         problem = f"{state.path} holds no record; everything in the logs is pending"
     if problem:
-        last = "unknown, " + problem
+        last = "unknown: " + problem
     try:
         endpoint = f"{run.endpoint().geturl()} ({run.endpoint_origin()})"
     except Stop as stop:
@@ -1703,6 +1717,14 @@ DO_NOT_TRACK=1, DISABLE_TELEMETRY=1 or CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=
 switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Python
 uses them.
 """
+
+# These actions are asked for an answer. If there is none, they say why, also without
+# -v, and with these words.
+EFFECTS = {
+    "dry-run": "nothing would be sent",
+    "skip-pending": "nothing is skipped",
+    "status": "nothing can be shown",
+}
 
 # Flags that take no value and name an action, and what --help says of them.
 ACTIONS = {
@@ -1814,19 +1836,16 @@ def main(argv: "List[str]") -> int:
         perform(options)
         return 0
     except Stop as stop:
-        effects = {
-            "dry-run": "nothing would be sent", "skip-pending": "nothing is skipped",
-            "status": "nothing can be shown",
-        }
-        message = f"{effects.get(options.action, 'the run ends')}: {stop}"
+        message = f"{EFFECTS.get(options.action, 'the run ends')}: {stop}"
     except BrokenPipeError:
         # The reader of the output, such as head, has ended.
         return 0
     except Exception as error:
-        # Name only the type: the text of the error may hold the token.
-        message = f"an unexpected error ({type(error).__name__})"
-    # These three are asked for an answer, so they say why there is none.
-    if options.verbose or options.action in ("dry-run", "skip-pending", "status"):
+        # Only the system's words for an error number, or the type: the text of another
+        # error may hold the token.
+        words = getattr(error, "strerror", None) or type(error).__name__
+        message = f"an unexpected error ({words})"
+    if options.verbose or options.action in EFFECTS:
         show("secondme_sync: " + message, sys.stderr)
     if options.action == "pending":
         with suppress(Exception):

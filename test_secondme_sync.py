@@ -3483,11 +3483,11 @@ def accepted_sessions(backend, refused):
     # sessions of the refused events, requests at most; 3 where nothing is refused
     pytest.param(["s-0"], 11, id="first"),
     pytest.param(["s-123"], 15, id="in the middle"),
-    pytest.param(["s-199"], 13, id="last of a batch"),
-    pytest.param(["f-29"], 14, id="last"),
+    pytest.param(["s-199"], 17, id="last of a batch"),
+    pytest.param(["f-29"], 17, id="last"),
     pytest.param(["f-7"], 14, id="in the feedback log"),
-    pytest.param(["s-120", "s-121"], 22, id="two neighbours"),
-    pytest.param(["s-30", "s-130", "f-3"], 34, id="three scattered"),
+    pytest.param(["s-120", "s-121"], 24, id="two neighbours"),
+    pytest.param(["s-30", "s-130", "f-3"], 40, id="three scattered"),
 ])
 def test_refused_events_are_left_out(home, status, refused, most_requests):
     logged = home.fill(250, 30)
@@ -3546,13 +3546,13 @@ def test_batches_have_100_events_again_behind_a_left_out_event(home):
     assert backend.sizes == [100, 50, 25, 12, 6, 3, 1, 1, 100, 100, 48]
 
 
-def test_search_does_not_go_beyond_the_refused_batch(home):
-    """The 25 refused events are 12, 12 and 1. Then batches stay small."""
+def test_a_refused_batch_goes_in_halves_and_the_next_one_is_full_again(home):
     home.fill(250)
 
     backend = home.deliver(answer(413), answer(413), answer(413))
 
-    assert backend.sizes[:7] == [100, 50, 25, 12, 12, 1, 12]
+    # 25 refused events are 12 and 13.
+    assert backend.sizes == [100, 50, 25, 12, 13, 25, 50, 100, 50]
     home.assert_done()
 
 
@@ -3564,25 +3564,23 @@ def refuse_more_events_than(limit):
     return reply
 
 
-def test_limit_on_the_number_of_events_halves_all_batches_of_a_run(home):
+def test_limit_on_the_number_of_events_halves_each_batch(home):
     sent = home.fill(250)
 
     backend = sync_with(home, refuse_more_events_than(30))
 
-    assert backend.sizes == [100, 50] + [25] * 10
-    assert backend.sessions[150:] == sent
+    of_hundred = [100, 50, 25, 25, 50, 25, 25]
+    assert backend.sizes == of_hundred + of_hundred + [50, 25, 25]
+    assert [session for body in backend.bodies() if len(body["events"]) <= 30
+            for session in (event["session"] for event in body["events"])] == sent
     home.assert_done()
-    # The next run knows nothing of it.
-    home.log("usage", *range(300, 400))
-    assert sync_with(home, refuse_more_events_than(30)).sizes == [100, 50, 25, 25, 25, 25]
 
 
-def test_limit_on_the_size_of_a_body_halves_all_batches_of_a_run(home):
+def test_limit_on_the_size_of_a_body_halves_each_batch(home):
     sent = home.fill(250)
 
     backend = sync_with(home, answers.refuse_above(20000))
 
-    assert max(backend.sizes[1:]) <= BATCH // 2
     accepted = [event["session"] for request, body in zip(backend.requests, backend.bodies())
                 if len(request.body) <= 20000 for event in body["events"]]
     assert accepted == sent
@@ -4910,7 +4908,7 @@ def test_preview_keeps_anonymous_what_was_seen_as_anonymous(home):
     pytest.param(
         lambda home: home.append("usage", b'no event\n\n{"torn'), [], {},
         "community mode, to {endpoint}: " + counted(usage=2, feedback=1)
-        + "; " + PASSED_OVER % 1, id="passed over"),
+        + "; " + PASSED_OVER % 1 + "; half-written lines: 1", id="passed over"),
     pytest.param(
         None, ["anonymous"], {},
         'a preview of anonymous mode; the mode that is set is community (config says "community"): '
@@ -5148,7 +5146,7 @@ UNFIT_TOKEN = "CREDENTIALS holds no accessToken, or one with blanks or character
     pytest.param(
         append_useless_lines, {},
         {"pending": counted(usage=2, feedback=1)
-         + "; " + PASSED_OVER % 3}, id="passed over"),
+         + "; " + PASSED_OVER % 3 + "; half-written lines: 1"}, id="passed over"),
     pytest.param(
         Home.deliver, {},
         {"pending": counted(usage=0)}, id="all is sent"),
@@ -5197,9 +5195,9 @@ def test_status_counts_what_goes_as_anonymous(home):
     pytest.param(answer(401), "auth_failed",
                  " (the server does not accept the token: log in again)", id="auth_failed"),
     pytest.param(answer(500), "server_error",
-                 " (the server refused, see -v; the next run tries again)", id="server_error"),
+                 " (the server refused; the next run tries again; to see why, use -v)", id="server_error"),
     pytest.param(DROP, "network_error",
-                 " (not finished: no usable answer, ended early, or still at work)", id="no answer"),
+                 " (not finished: no usable answer, ended early, or still at work; to see why, use -v)", id="no answer"),
 ])
 def test_status_shows_last_result_and_time(home, reply, result, hint):
     home.fill(1)
@@ -5270,7 +5268,7 @@ def test_status_says_that_the_state_holds_no_record(home):
 
     shown = status(home)["last sync"]
 
-    assert shown == "unknown, %s holds no record; everything in the logs is pending" % home.state
+    assert shown == "unknown: %s holds no record; everything in the logs is pending" % home.state
 
 
 def test_blank_state_is_that_of_no_sync(home):
@@ -5288,7 +5286,7 @@ def test_status_names_files_that_cannot_be_read(home):
 
     others = counted(feedback=1).replace("usage events: 0, ", "")
     assert shown["pending"] == others + "; " + NOT_REGULAR % home.path_of("usage.jsonl")
-    assert shown["last sync"] == "unknown, " + NOT_REGULAR % home.state
+    assert shown["last sync"] == "unknown: " + NOT_REGULAR % home.state
 
 
 # Takes away root's rights. What the script imports must be loaded before, for the folders of
@@ -5324,7 +5322,7 @@ def test_status_names_what_is_closed_to_the_user(open_home, closed):
     assert result.err == b""
     assert "usage.jsonl cannot be read (%s)" % denied in text
     assert "feedback.jsonl cannot be read (%s)" % denied in text
-    assert "last sync: unknown, %s cannot be read (%s)" % (home.state, denied) in text
+    assert "last sync: unknown: %s cannot be read (%s)" % (home.state, denied) in text
 
 
 @posix_only("Windows has no file modes")
@@ -5443,6 +5441,10 @@ def test_line_that_was_begun_before_a_skip_is_not_sent(home, length):
         lambda home: home.append("usage", b"no event\n"),
         counted(usage=2, feedback=1) + "; " + PASSED_OVER % 1,
         id="passed over"),
+    pytest.param(
+        lambda home: home.append("usage", b"{") or home.append("feedback", b"{"),
+        counted(usage=2, feedback=1) + "; half-written lines: 2",
+        id="half-written lines"),
 ])
 def test_skip_pending_says_how_much(home, change, said):
     home.fill(2, 1)
@@ -5920,7 +5922,7 @@ def test_verbose_says_that_a_proxy_refused(home, monkeypatch):
 @pytest.mark.parametrize("proxy, name", [
     # https_proxy            what Python raises
     ("http://127.0.0.1:port", "InvalidURL"),
-    ("http:/127.0.0.1:9",     "ValueError"),
+    ("http://",               "ValueError"),
 ])
 def test_verbose_says_that_the_proxy_cannot_be_used(home, monkeypatch, proxy, name):
     home.fill(1)
@@ -6210,7 +6212,7 @@ def test_verbose_says_that_a_run_is_started_in_the_background(home, form):
         result = home.run("--background", "-v", shim=form)
         until(lambda: home.result == "ok")
 
-    assert result.err == b"secondme_sync: started in the background; --status shows the last result\n"
+    assert result.err == b"secondme_sync: a run begins in the background; --status shows how it ended\n"
     assert backend.sessions == ["s-0"]
 
 
@@ -6593,6 +6595,16 @@ def test_stream_that_takes_nothing_does_no_harm(home, stream, flag, kind, unbuff
     assert b"Traceback" not in (result.err or b"")
     assert b"Exception" not in (result.err or b"")
     assert backend.sessions == (["s-0"] if flag == "-v" else [])
+
+
+def test_dry_run_into_a_full_disk_says_so(home):
+    home.fill(1)
+
+    with unwritable("full disk") as end:
+        result = home.run("--dry-run", options={"stdout": end})
+
+    assert result.err.decode().splitlines()[-1] == (
+        "secondme_sync: an unexpected error (%s)" % os.strerror(errno.ENOSPC))
 
 
 def test_dry_run_into_head_prints_no_error(home):
