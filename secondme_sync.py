@@ -34,7 +34,7 @@ server can tell whose events they are.
 
 Events go in the mode that is set when they are sent. Two kinds go as anonymous, even in
 community mode:
-    - events that were in a log when a run in anonymous mode began to record
+    - events that were pending when a run in anonymous mode began to send
     - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
@@ -43,7 +43,7 @@ Proxies and certificates are used as Python's urllib uses them. But http to this
 machine, and https://localhost, never use a proxy.
 
 Words that this file uses:
-    run      one execution of this program that uploads
+    run      one execution of this program, above all one that sends
     batch    up to 100 events, sent in one request
     mark     three numbers for each log: how much of it is done; the place before which
              lines go as anonymous; and a checksum to tell whether the log was replaced
@@ -68,8 +68,8 @@ if __name__ == "__main__":
     # Ctrl-C ends the program at once and without a traceback. (If the parent process
     # ignores Ctrl-C, so does this one.) There is nothing to tidy up: a kill or a power
     # cut loses nothing. After a kill, the next run sends at most one batch again. After
-    # a power cut, it may send again all that this run has sent, for records in between
-    # its first and its last are not flushed to the disk.
+    # a power cut, the next run may send again everything that the interrupted run had
+    # sent, for only the first and the last record of a run are flushed to the disk.
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -119,8 +119,8 @@ RECORD_BYTES = 512
 # if the run is cut short.
 UNFINISHED = "network_error"
 
-# What --status adds to a result.
-RESULTS = {
+# What --status adds to some results.
+RESULT_HINTS = {
     "auth_failed": " (the server does not accept the token: log in again)",
     "server_error": (
         " (the server refused; the next run tries again; to see why, use -v)"
@@ -178,44 +178,16 @@ FAILURES = {
     "BadStatusLine": "the answer is not HTTP",
 }
 
-# A base URL is https to any host, or plain http to this machine; then perhaps a port
-# and a path of printable ASCII. There is no place for a user and a password, as in
-# https://me:word@example.test. parse_endpoint() also refuses "?" and "#".
-BYTE_PATTERN = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
-URL_PATTERN = (
-    r"(https://([a-z0-9._-]+|\[[0-9a-f:.]+\])"
-    r"|http://(localhost|127(\." + BYTE_PATTERN + r"){3}|\[::1\]))"
-    r"(:[0-9]+)?(/[!-~]*)?"
-)
-
-# Tuples with names. For type checkers, their fields are Any, hence str() and bool() in
-# some places.
-
-# mode: "community", "anonymous" or "off". reason: in words, what decided that.
-Consent = namedtuple("Consent", "mode reason")
-# What must not change during a run: the content of config, the token, the device id.
-Agreement = namedtuple("Agreement", "config token device_id")
-# How much of a log is done. Lines that begin before anonymous_until are only ever sent
-# as anonymous. fingerprint: a checksum of the log's beginning, None if not recorded.
-Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
-# A line of a log. begin, end: the offsets of its first byte and of the byte after it.
-# mode: what it is sent as. event: the JSON object that it holds, or None. is_blank: it
-# is empty, and not to be counted as passed over.
-Line = namedtuple("Line", "log begin end mode event is_blank")
-# lines: up to 100 Lines with events, all of one mode; none, if the batch covers only
-# lines that hold no event. body: what is posted; empty if there are no lines. ends: by
-# Log (see the class below), the offset after the batch. passed_over: how many lines
-# hold no event that can be sent, blank ones aside.
-Batch = namedtuple("Batch", "lines body ends passed_over")
-# result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
-# "refused" if the server refuses the body, which is not recorded; see Delivery.search.
-# words: what happened.
-Outcome = namedtuple("Outcome", "result words")
-# host: host and port. login: the value of the header Proxy-Authorization, or None.
-Proxy = namedtuple("Proxy", "host login")
-# retry_after: the header, or None.
-Response = namedtuple("Response", "status retry_after outcome")
-Options = namedtuple("Options", "action preview directory base_url max_time verbose")
+# What a base URL must be; for re.VERBOSE, ignoring case. There is no place in it for a
+# user and a password, which would stand before the host. parse_endpoint() also refuses
+# "?" and "#".
+URL_PATTERN = r"""
+    (   https:// ( [a-z0-9._-]+ | \[[0-9a-f:.]+\] )  # any host
+    |   http:// ( localhost | \[::1\] | 127 (\.BYTE){3} )  # this machine
+    )
+    ( :[0-9]+ )?  # a port
+    ( /[!-~]* )?  # a path of printable ASCII
+""".replace("BYTE", "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])")
 
 DECODER = json.JSONDecoder()
 ENCODER = json.JSONEncoder(
@@ -235,6 +207,7 @@ def open_regular(path: str) -> "BinaryIO":
     """Open a file to read; raise OSError if there is none, or no regular one."""
     # To open a FIFO would block.
     if os.path.exists(path) and not os.path.isfile(path):
+        # With a number, even if it means nothing, the text is the error's strerror.
         raise OSError(0, "not a regular file")
     return open(path, "rb", BUFFER_BYTES)
 
@@ -249,7 +222,9 @@ def read_small(path: str) -> bytes:
 def find_problem(path: str) -> str:
     """Say that a file cannot be read, and why; "" if it can be, or does not exist."""
     try:
-        open_regular(path).close()
+        with open_regular(path) as file:
+            # Some files can be opened, but not be read.
+            file.read(1)
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -297,6 +272,14 @@ def get_count(container: "Mapping[str, Any]", key: str) -> int:
 
 
 # Gate: consent, token, endpoint. Contract: Prerequisites.
+
+# For type checkers, the fields of a namedtuple are Any. Hence str() and bool() around
+# them in some places below.
+
+# mode: "community", "anonymous" or "off". reason: in words, what decided that.
+Consent = namedtuple("Consent", "mode reason")
+# What must not change during a run: the content of config, the token, the device id.
+Agreement = namedtuple("Agreement", "config token device_id")
 
 
 def read_environment() -> "Dict[str, str]":
@@ -385,7 +368,7 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
     import re
     import urllib.parse
 
-    flags = re.ASCII | re.IGNORECASE
+    flags = re.ASCII | re.IGNORECASE | re.VERBOSE
     text = base_url if isinstance(base_url, str) else ""
     if re.fullmatch(URL_PATTERN, text, flags) and "?" not in text and "#" not in text:
         # Some invalid hosts and ports match the pattern. For these, urlsplit() or port
@@ -406,7 +389,7 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
 
 
 class Run:
-    """One call of this program: where it works, what is agreed to, and its time.
+    """One execution of this program: where it works, what is agreed to, its time.
 
     directory  the state directory, an absolute path
     analytics  the directory of the logs and of .sync-offsets
@@ -494,6 +477,10 @@ class Run:
 
 # State: the record in .sync-offsets. Contract: Error Handling (Offsets), Rules.
 
+# How much of a log is done. Lines that begin before anonymous_until are only ever sent
+# as anonymous. fingerprint: a checksum of the log's beginning, None if not recorded.
+Mark = namedtuple("Mark", "offset anonymous_until fingerprint")
+
 
 @contextmanager
 def stop_on_error(path: str) -> "Iterator[None]":
@@ -571,7 +558,8 @@ class State:
                 )
             else:
                 # There is no record yet, or it is an older script's. Or no run has
-                # opened this log so far: save() writes null for its fingerprint.
+                # opened this log so far, and save() wrote null for its fingerprint. In
+                # each case, completed is all that is known.
                 self.marks[name] = Mark(self.completed[name], 0, None)
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
@@ -582,7 +570,7 @@ class State:
         """
         for log in logs:
             self.marks[log.name] = log.mark()
-            # These two results mean that nothing is pending any more.
+            # These two results mean that no event is pending any more.
             if result in ("ok", "skipped"):
                 self.completed[log.name] = log.offset
         record = {name + "_bytes": self.completed[name] for name in LOGS}  # type: Any
@@ -596,12 +584,6 @@ class State:
             }
             for name, mark in self.marks.items()
         }
-        if flush:
-            # The logs are flushed first. Otherwise, after a power cut, our offset might
-            # be on the disk, but not the end of the log before it. Lines that are
-            # appended later would then count as done.
-            for log in logs:
-                log.flush()
         with stop_on_error(self.path):
             self.write(json.dumps(record).encode("ascii"), flush)
 
@@ -670,7 +652,7 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     if 0 < size < RECORD_BYTES:
         # If a write lengthens a file, a power cut may keep its bytes and lose the new
         # length. So lengthen the file first, with blanks. JSON ignores them, so the old
-        # record can be read all the time.
+        # record can be read all the time. (An empty file has no old record to lose.)
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
@@ -685,9 +667,16 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
 
 # Read: the logs, line by line.
 
+# A line of a log. begin, end: the offsets of its first byte and of the byte after it.
+# mode: what it is sent as. event: the JSON object that it holds, or None. is_blank: it
+# is empty, and not to be counted as passed over.
+Line = namedtuple("Line", "log begin end mode event is_blank")
+
 
 class Log:
     """A log as it was when it was opened. Later lines are left to the next run.
+
+    Only one iterator of lines() may be in use: they share the position in the file.
 
     mode             the mode to send in, "community" or "anonymous"
     size             bytes of the log when it was opened
@@ -702,15 +691,17 @@ class Log:
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
-        if not self.fits(mark):
+        if self.fits(mark):
+            # It may have lost its end all the same: only its beginning is compared.
+            self.offset = min(mark.offset, self.size)
+            self.anonymous_until = min(mark.anonymous_until, self.size)
+        else:
             # The log was emptied or replaced, or its beginning was edited. So it is
             # read from its beginning. Some of its lines may have been skipped or sent
             # as anonymous before. Nobody can tell which, so all that it holds now is
             # sent as anonymous.
-            mark = Mark(0, self.size, None)
-        # A log that fits may have lost its end, for only its beginning is compared.
-        self.offset = min(mark.offset, self.size)
-        self.anonymous_until = min(mark.anonymous_until, self.size)
+            self.offset = 0
+            self.anonymous_until = self.size
         if mode == "anonymous":
             # Once this is saved, what is pending now stays anonymous, even if this run
             # cannot send it and the user agrees to community mode before the next.
@@ -728,8 +719,9 @@ class Log:
     def fingerprint(self, offset: int, anonymous_until: int) -> int:
         """Return a checksum of the log's first 256 bytes, or of fewer.
 
-        Only bytes that were in the log when the mark was saved may count, for a log
-        grows. How many these were is not saved, but both offsets are within them.
+        A short log grows, which must not change the checksum of its mark. So only bytes
+        before the larger of the two offsets of the mark count: they were there when it
+        was saved.
         """
         return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
@@ -738,16 +730,10 @@ class Log:
         fingerprint = self.fingerprint(self.offset, self.anonymous_until)
         return Mark(self.offset, self.anonymous_until, fingerprint)
 
-    def flush(self) -> None:
-        """Get the log to the disk, as far as its writers have written it."""
-        # Windows flushes only files that are open for writing, which this one is not.
-        with suppress(OSError):
-            os.fsync(self.file.fileno())
-
     def read_line(self, limit: int) -> bytes:
         """Return the next line, b"" at the end of the log.
 
-        limit: how many bytes of the log are left, not below 0.
+        limit: how many bytes of the log are left.
         A line longer than 1 MiB comes in pieces, one a call. The last of them ends with
         a newline, unless the line is unfinished.
         """
@@ -791,7 +777,7 @@ class Log:
                 text = decode(data, errors="replace")
                 event = parse_object(text)
                 if event is None and not has_newline:
-                    # It is unfinished, or the log was cut off meanwhile.
+                    # It is unfinished. (Or empty: the log was cut off meanwhile.)
                     return
                 is_blank = not text
             # THE decision on privacy: the mode that a line is sent in.
@@ -808,16 +794,34 @@ def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
     with ExitStack() as stack:
         logs = []
         for name in LOGS:
-            # A log that cannot be opened is left out, and its mark stays. Callers say
-            # so, by find_problem() or find_unreadable().
+            # A log that cannot be read is left out, and its mark stays. Callers say so,
+            # by find_problem() or find_unreadable().
             with suppress(OSError):
                 file = stack.enter_context(open_regular(run.log_path(name)))
                 logs.append(Log(name, file, state.marks[name], mode))
         yield logs
 
 
+def flush_logs(logs: "List[Log]") -> None:
+    """Get the logs to the disk; to be called before anything is recorded.
+
+    Otherwise, a power cut might keep a record and lose the lines that it calls done.
+    Lines that are appended later would take their place, and count as done.
+    """
+    for log in logs:
+        # Windows flushes only files that are open for writing, which these are not.
+        with suppress(OSError):
+            os.fsync(log.file.fileno())
+
+
 # Shape: from lines to the body of a request. Contract: Sync Implementation, Anonymous
 # Mode Stripping.
+
+# lines: up to 100 Lines with events, all of one mode; none, if the batch covers only
+# lines that hold no event. body: what is posted; empty if there are no lines. ends: by
+# Log, the offset after the batch. passed_over: how many lines hold no event that can be
+# sent, blank ones aside.
+Batch = namedtuple("Batch", "lines body ends passed_over")
 
 
 def shape_event(
@@ -875,10 +879,11 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
 def read_batch(
     starts: "Dict[Log, int]", max_events: int, device_id: str
 ) -> "Optional[Batch]":
-    """Return the next events of one mode; None if nothing follows.
+    """Return the next batch, None if nothing follows.
 
-    starts: by Log, the offset to begin at. One log is read after the other. The batch
-    also covers lines without an event, and may cover only such lines.
+    starts: by Log, the offset to begin at. One log is read after the other. A batch
+    ends before a line that makes it too large, or an event that is one too many or of
+    another mode. It also covers lines without an event, and may cover only such lines.
     """
     lines = []  # type: List[Line]
     ends = dict(starts)
@@ -898,8 +903,7 @@ def read_batch(
             passed_over += 1
         taken_bytes += line_size
         ends[line.log] = line.end
-    if taken_bytes == 0:
-        # There is no line any more.
+    if ends == starts:
         return None
     return encode_batch(Batch(lines, b"", ends, passed_over), device_id)
 
@@ -922,6 +926,15 @@ def read_batches(
 
 
 # Send: one connection at a time, one retry for some statuses. Contract: Error Handling.
+
+# result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
+# "refused" if the server refuses the body, which is not recorded; see Delivery.send.
+# words: what happened.
+Outcome = namedtuple("Outcome", "result words")
+# retry_after: the header, or None.
+Response = namedtuple("Response", "status retry_after outcome")
+# host: host and port. login: the value of the header Proxy-Authorization, or None.
+Proxy = namedtuple("Proxy", "host login")
 
 
 def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
@@ -992,8 +1005,8 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
 def find_proxy(url: "SplitResult") -> "Optional[Proxy]":
     """Return the Proxy for a URL, None if there is none.
 
-    Proxies are those of the environment and the system, as urllib understands them. So
-    are the hosts that need none (no_proxy).
+    Proxies are those of the environment and the system, as urllib understands them.
+    no_proxy, the list of hosts that need none, is obeyed in the same way.
     """
     if url.scheme == "http" or url.hostname == "localhost":
         # This machine. To a proxy, localhost would be the proxy's own machine.
@@ -1055,7 +1068,7 @@ def explain_failure(error: Exception) -> str:
 
 
 class Sender:
-    """Posts batches over one connection, which is kept after each success.
+    """Posts batches over one connection, which is kept while the server accepts them.
 
     The token goes into a header of these requests and nowhere else: within TLS, or to
     this machine. A redirect is not followed.
@@ -1073,9 +1086,7 @@ class Sender:
         self.run = run
         # config as it was when the run decided on consent. If it was edited since then,
         # check_agreement() must see that.
-        token = read_token(run.directory)
-        device_id = read_device_id(run.directory, run.mode)
-        self.agreement = Agreement(run.config, token, device_id)
+        self.agreement = run.read_agreement()._replace(config=run.config)
         self.path = url.path
         self.has_begun = False
         try:
@@ -1100,7 +1111,7 @@ class Sender:
             try:
                 self.run.sleep(delay)
             except OSError:
-                # Some sandboxes refuse it. Then the first answer counts.
+                # Some sandboxes refuse to sleep. Then the first answer counts.
                 pass
             else:
                 response = self.post_once(batch)
@@ -1139,7 +1150,8 @@ class Sender:
                 # The server may be at work on the request.
                 raise
             except OSError:
-                # Most likely, the server has closed it. Go on with a new connection.
+                # Most likely, the server has closed it. (RemoteDisconnected is an
+                # OSError, too.) Go on with a new connection.
                 pass
         # Without consent, not even a connection is made.
         self.check_agreement()
@@ -1149,7 +1161,7 @@ class Sender:
 
     def exchange_once(self, body: bytes) -> Response:
         """Make a request over the open connection."""
-        # Again: to connect may have taken seconds.
+        # Before each request, for the one before it, or to connect, has taken time.
         self.check_agreement()
         # The first request of a run begins in any case. Otherwise, a run that has
         # little time would never send any.
@@ -1178,8 +1190,8 @@ class Sender:
         """Return an answer that came before the whole body was sent, None for none.
 
         Many gateways answer early, and close the connection, which ends the sending.
-        Whatever they answer counts. To http.client, the request is complete once its
-        headers are sent, so it reads the answer as any other.
+        Their answer counts as any other does. To http.client, the request is complete
+        once its headers are sent, so it reads the answer.
         """
         import http.client
 
@@ -1242,8 +1254,8 @@ def read_body(reply: "HTTPResponse") -> bytes:
     with suppress(OSError, http.client.HTTPException):
         data = reply.read(MAX_SMALL_BYTES + 1)
         # If the connection breaks, read() raises for a chunked body. For others it does
-        # not, but length says how many bytes are missing. (None if the server has
-        # announced no length.)
+        # not, but length says how many bytes are still missing. (It is None if the
+        # server has announced no length.)
         if len(data) <= MAX_SMALL_BYTES and not reply.length:
             return data
     return b""
@@ -1276,7 +1288,8 @@ def check_prerequisites(run: Run) -> None:
 class Delivery:
     """Sends what is pending, batch by batch, and records each batch that is accepted.
 
-    accepts_others  whether the server has accepted an event since it began to refuse
+    accepts_others  whether the server has accepted an event since it was sent the batch
+                    that deliver() is at; see settle_refused
     """
 
     def __init__(
@@ -1295,12 +1308,9 @@ class Delivery:
             batch = self.next_batch(BATCH_EVENTS)
             if batch is None:
                 return "ok"
-            # What the server accepted before this batch proves nothing: it may have
-            # begun to refuse everything.
             self.accepts_others = False
             result = self.send(batch)
-            # Behind an event that is left out, a full batch begins.
-            if result not in ("ok", "left out"):
+            if result != "ok":
                 return result
 
     def next_batch(self, max_events: int) -> "Optional[Batch]":
@@ -1314,17 +1324,27 @@ class Delivery:
         return None
 
     def send(self, batch: Batch) -> str:
-        """Post a batch, or its parts if it is refused; return the result.
+        """Send a batch, in parts if it is refused. Return "ok" if all of it is done.
 
-        The result is "left out" if an event in it was left out for good. What is behind
-        that event was not sent yet.
+        A refused batch is sent in two halves, a refused half in two halves, and so on,
+        until the event that is at fault stands alone. For example, if the server
+        refuses the third of four, the requests are [1 2 3 4] [1 2] [3 4] [3] [4].
         """
         result = self.post(batch)
-        if result == "refused" and len(batch.lines) > 1:
-            return self.send_halves(len(batch.lines))
-        if result == "refused":
+        if result != "refused":
+            return result
+        count = len(batch.lines)
+        if count == 1:
             return self.settle_refused(batch)
-        return result
+        for half in (count // 2, count - count // 2):
+            part = self.next_batch(half)
+            if part is None:
+                # The log was cut off meanwhile.
+                return "ok"
+            result = self.send(part)
+            if result != "ok":
+                return result
+        return "ok"
 
     def post(self, batch: Batch) -> str:
         """Post a batch; if it is accepted, record that. Return the result."""
@@ -1344,50 +1364,35 @@ class Delivery:
         if batch.passed_over:
             self.say(PASSED_OVER.format(batch.passed_over))
 
-    def send_halves(self, count: int) -> str:
-        """Send the next events, count of them, in two halves; return as send() does.
-
-        They were refused as one batch. send() halves a refused half in its turn, until
-        the event that is at fault stands alone. For example, if the server refuses the
-        third of four events, the requests are [1 2 3 4] [1 2] [3 4] [3].
-        """
-        for half in (count // 2, count - count // 2):
-            batch = self.next_batch(half)
-            if batch is None:
-                # The log was cut off meanwhile.
-                return "ok"
-            result = self.send(batch)
-            if result != "ok":
-                return result
-        return "ok"
-
     def settle_refused(self, lone: Batch) -> str:
         """Leave a refused event out for good, or keep it pending; return the result.
 
         To leave it out takes proof that the event is at fault and not the server: the
-        server must have accepted another event since it refused the batch that held
-        this one. If it has not, the next event is posted alone. If that is refused,
-        too, or if there is none, the refused event stays pending, and all behind it.
+        server must have accepted another event of the batch that deliver() is at. (What
+        it accepted before proves nothing: it may have begun to refuse everything.) If
+        it has not, the next event is posted alone. If that is refused, too, or if there
+        is none, the refused event stays pending, and all behind it.
         """
         line = lone.lines[0]
         place = f"byte {line.begin} of {line.log.name}.jsonl"
         words = f"the server refuses the event at {place}"
-        result = "ok"  # type: Optional[str]
         if self.accepts_others:
             self.advance(lone)
+            result = "ok"
         else:
             # If the next event is accepted, this records that both are done.
             result = self.post_behind(lone)
+        # Each acceptance proves once.
+        self.accepts_others = False
         if result == "ok":
             self.say(words + ", but accepts others; it is left out for good")
-            return "left out"
-        if result in ("refused", None):
+        elif result == "refused":
+            result = "server_error"
             self.say(words + "; it stays pending, and all behind it")
-            return "server_error"
-        return str(result)
+        return result
 
-    def post_behind(self, lone: Batch) -> "Optional[str]":
-        """Post the event behind a lone one; return the result, None for no event.
+    def post_behind(self, lone: Batch) -> str:
+        """Post the event behind a lone one; return the result, "refused" for no event.
 
         If it is accepted, the end of its batch is recorded. The lone event lies before
         that, so it is done, too: it is left out.
@@ -1397,7 +1402,7 @@ class Delivery:
             passed_over += batch.passed_over
             if batch.body:
                 return self.post(batch._replace(passed_over=passed_over))
-        return None
+        return "refused"
 
 
 def sync(run: Run) -> None:
@@ -1408,6 +1413,7 @@ def sync(run: Run) -> None:
         # It does not hold up the other log.
         run.say(problem)
     with lock_state(run.analytics) as state, open_logs(run, state, run.mode) as logs:
+        flush_logs(logs)
         # Saved in advance: a run that cannot record must not send, and this is the
         # result that stands if the run is cut short, or if a Stop ends it.
         result = UNFINISHED
@@ -1423,6 +1429,9 @@ def sync(run: Run) -> None:
 
 def limit_time(run: Run) -> None:
     """Let this process end after max_time from now, whatever it is doing.
+
+    A thread ends it with exit code 0. If no thread can run, a timer outside of Python
+    ends it a second later, with exit code 1.
 
     Only the command line calls this: a program that imports sync() shall not be ended.
     The limits are for runs that send, not for --status and the like.
@@ -1443,9 +1452,8 @@ def limit_time(run: Run) -> None:
 
     _thread.start_new_thread(watch, ())
     # OpenSSL may block while it holds the interpreter's lock, and then no Python thread
-    # runs. This timer needs no interpreter. It ends the process with exit code 1, after
-    # it has written a traceback, which nobody needs, into the null device. faulthandler
-    # keeps that open.
+    # runs. This timer needs no interpreter. Before it ends the process, it writes a
+    # traceback, which nobody needs, into the null device. faulthandler keeps that open.
     null = open(os.devnull, "wb")  # noqa: SIM115
     faulthandler.dump_traceback_later(run.max_time + 1, exit=True, file=null)
 
@@ -1463,8 +1471,8 @@ def find_script() -> str:
     script = str(globals().get("__file__", "<stdin>"))
     if script == "<stdin>" or not os.path.isfile(script):
         return ""
-    # realpath, for "python3 /dev/stdin < file": that means another file in the new
-    # process.
+    # realpath, for "python3 /dev/stdin < file": in the new process, /dev/stdin would be
+    # another file.
     return os.path.realpath(script)
 
 
@@ -1593,8 +1601,8 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
-            # A mark keeps this line anonymous. (Only in logs opened in community mode
-            # do such lines differ.)
+            # A mark keeps this line anonymous. (In anonymous mode, nothing is counted
+            # here: all lines are anonymous.)
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
@@ -1615,7 +1623,7 @@ def show_status(run: Run) -> None:
     """Print how things stand: facts, and no prediction of what a sync would do."""
     state = read_state(run.analytics)
     last = f"{state.result} {state.timestamp}".strip() or "never"
-    last += RESULTS.get(state.result, "")
+    last += RESULT_HINTS.get(state.result, "")
     problem = find_problem(state.path)
     if state.is_broken:
         problem = f"{state.path} holds no record; everything in the logs is pending"
@@ -1643,7 +1651,10 @@ def show_status(run: Run) -> None:
 
 
 def print_pending(run: Run) -> None:
-    """Print yes if a sync would have something to do. If not, main() prints no."""
+    """Print yes if a sync would have something to do.
+
+    If not, Stop is raised, and main() prints no.
+    """
     check_prerequisites(run)
     write_line(b"yes")
 
@@ -1675,10 +1686,8 @@ def dry_run(run: Run, preview: str) -> None:
 def skip_pending(run: Run) -> None:
     """Mark what is logged so far as never to be sent, in any mode.
 
-    This holds as long as .sync-offsets and that part of the logs are left alone. If
-    the first 256 bytes of a log change, all of it is pending again, and sent as
-    anonymous. If it grows in the middle, its last lines are. If .sync-offsets is lost,
-    or an older script replaces it, see "Pitfalls" in the README.
+    This holds as long as nobody edits the logs or deletes .sync-offsets; see "Pitfalls"
+    in the README.
     """
     if not os.path.isdir(run.directory):
         raise Stop(f"there is no directory {run.directory} yet")
@@ -1688,17 +1697,24 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    # Nothing is sent. Anonymous, so that the count says nothing of modes.
+    # Nothing is sent. Anonymous, so that the count says nothing of modes. (So the marks
+    # also keep as anonymous what is done, which changes nothing.)
     with lock_state(run.analytics) as state, open_logs(run, state, "anonymous") as logs:
         pending = describe_pending(run, logs)
+        flush_logs(logs)
         for log in logs:
-            # If the log ends in half a line, the other half will be no event either.
+            # If the log ends in half a line, the other half will be no event either:
+            # the end of a JSON object is not an object.
             log.offset = log.size
         state.save(logs, "skipped", flush=True)
     show("never to be sent: " + pending, sys.stdout)
 
 
 # The command line.
+
+# directory and preview: None if not given.
+Options = namedtuple("Options", "action preview directory base_url max_time verbose")
+NO_FLAGS = Options("sync", None, None, BASE_URL, RUN_SECONDS, verbose=False)
 
 DESCRIPTION = """\
 Send the usage and feedback events that SecondMe skills have logged on this machine, if
@@ -1718,8 +1734,8 @@ switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Pyth
 uses them.
 """
 
-# These actions are asked for an answer. If there is none, they say why, also without
-# -v, and with these words.
+# If one of these actions fails, main() says why, even without -v. The reason stands
+# behind these words.
 EFFECTS = {
     "dry-run": "nothing would be sent",
     "skip-pending": "nothing is skipped",
@@ -1727,7 +1743,7 @@ EFFECTS = {
 }
 
 # Flags that take no value and name an action, and what --help says of them.
-ACTIONS = {
+ACTION_HELP = {
     "status": "print mode, endpoint, login, pending events, last result",
     "pending": "print yes or no: would a run have something to do",
     "skip-pending": "mark what is logged as never to be sent",
@@ -1746,16 +1762,16 @@ def build_parser() -> "ArgumentParser":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(action="sync")
-    actions = parser.add_mutually_exclusive_group()
+    parser.set_defaults(**NO_FLAGS._asdict())
+    group = parser.add_mutually_exclusive_group()
     text = "print what would be sent, or what MODE would send; send nothing"
     modes = ("current", "anonymous", "community")
-    actions.add_argument(
+    group.add_argument(
         "--dry-run", dest="preview", nargs="?", const="current", choices=modes,
         metavar="MODE", help=text,
     )
-    for name, text in ACTIONS.items():
-        actions.add_argument(
+    for name, text in ACTION_HELP.items():
+        group.add_argument(
             "--" + name, dest="action", action="store_const", const=name, help=text
         )
     add_options(parser)
@@ -1766,10 +1782,10 @@ def add_options(parser: "ArgumentParser") -> None:
     """Add the flags that go with any action."""
     add = parser.add_argument
     text = "seconds that a run may take (default: %(default)s)"
-    add("--max-time", type=float, default=RUN_SECONDS, metavar="S", help=text)
+    add("--max-time", type=float, metavar="S", help=text)
     add("--dir", dest="directory", metavar="DIR", help="instead of ~/.secondme")
     text = "the server, where config has no baseUrl"
-    add("--base-url", default=BASE_URL, metavar="URL", help=text)
+    add("--base-url", metavar="URL", help=text)
     text = "print to stderr what happens; a sync still sends"
     add("-v", "--verbose", action="store_true", help=text)
     add("--version", action="version", version="secondme_sync " + VERSION)
@@ -1777,13 +1793,11 @@ def add_options(parser: "ArgumentParser") -> None:
 
 def parse_args(argv: "List[str]") -> Options:
     """Return what the arguments ask for; exit with 2 if they are wrong."""
-    if argv in ([], ["--background"]):
-        # These shall be quick. To import argparse would take 5 ms.
-        action = "background" if argv else "sync"
-        return Options(
-            action, preview=None, directory=None, base_url=BASE_URL,
-            max_time=RUN_SECONDS, verbose=False,
-        )
+    # These two shall be quick. To import argparse would take 5 ms.
+    if argv == []:
+        return NO_FLAGS
+    if argv == ["--background"]:
+        return NO_FLAGS._replace(action="background")
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.directory == "":
@@ -1818,7 +1832,7 @@ def perform(options: Options) -> None:
     directory = find_directory(options.directory)
     environment = read_environment()
     run = Run(directory, environment, options.base_url, options.max_time, say)
-    actions = {
+    handlers = {
         "dry-run": lambda run: dry_run(run, options.preview),
         "sync": sync_in_foreground,
         "background": sync_in_background,
@@ -1826,7 +1840,7 @@ def perform(options: Options) -> None:
         "pending": print_pending,
         "skip-pending": skip_pending,
     }
-    actions[options.action](run)
+    handlers[options.action](run)
 
 
 def main(argv: "List[str]") -> int:
