@@ -121,13 +121,14 @@ UNFINISHED = "network_error"
 
 # What --status adds to some results.
 RESULT_HINTS = {
+    "skipped": " (--skip-pending was used)",
     "auth_failed": " (the server does not accept the token: log in again)",
     "server_error": (
-        " (the server refused; the next run tries again; to see why, use -v)"
+        " (the server refused; the next run tries again, and with -v says more)"
     ),
     UNFINISHED: (
-        " (not finished: no usable answer, ended early, or still at work; to see why,"
-        " use -v)"
+        " (not finished: still at work, or ended early, or no usable answer; the next"
+        " run goes on, and with -v says more)"
     ),
 }
 
@@ -1609,7 +1610,7 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     parts = [f"{name} events: {counts[name]}" for name in LOGS if not problems[name]]
     notes = [", ".join(parts)] if parts else []
     if as_anonymous:
-        notes.append(f"of these, anonymous whatever the mode: {as_anonymous}")
+        notes.append(f"of these, only ever sent as anonymous: {as_anonymous}")
     if passed_over:
         notes.append(PASSED_OVER.format(passed_over))
     unfinished = sum(end < log.size for log, end in ends.items())

@@ -4959,7 +4959,7 @@ def test_dry_run_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
     assert home.main("--dry-run").err.decode("utf-8").endswith(
-        ": " + counted(usage=5, feedback=2) + "; of these, anonymous whatever the mode: 3\n")
+        ": " + counted(usage=5, feedback=2) + "; of these, only ever sent as anonymous: 3\n")
 
 
 def show_on_terminal(home, *flags, **env):
@@ -5184,7 +5184,7 @@ def test_status_shows_a_refused_base_url(home, base_url, shown):
 def test_status_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
-    assert status(home)["pending"] == counted(usage=5, feedback=2) + "; of these, anonymous whatever the mode: 3"
+    assert status(home)["pending"] == counted(usage=5, feedback=2) + "; of these, only ever sent as anonymous: 3"
 
 
 @pytest.mark.parametrize("reply, result, hint", [
@@ -5193,9 +5193,9 @@ def test_status_counts_what_goes_as_anonymous(home):
     pytest.param(answer(401), "auth_failed",
                  " (the server does not accept the token: log in again)", id="auth_failed"),
     pytest.param(answer(500), "server_error",
-                 " (the server refused; the next run tries again; to see why, use -v)", id="server_error"),
+                 " (the server refused; the next run tries again, and with -v says more)", id="server_error"),
     pytest.param(DROP, "network_error",
-                 " (not finished: no usable answer, ended early, or still at work; to see why, use -v)", id="no answer"),
+                 " (not finished: still at work, or ended early, or no usable answer; the next run goes on, and with -v says more)", id="no answer"),
 ])
 def test_status_shows_last_result_and_time(home, reply, result, hint):
     home.fill(1)
