@@ -1211,9 +1211,10 @@ class Sender:
         agreement = self.run.read_agreement()
         if not agreement.token:
             raise Stop("the token is missing")
-        for name, old, new in zip(Agreement._fields, self.agreement, agreement):
+        names = ("config", "the token", "the device id")
+        for name, old, new in zip(names, self.agreement, agreement):
             if old != new:
-                raise Stop(f"{name} has changed")
+                raise Stop(name + " has changed")
 
     def is_reusable(self) -> bool:
         """Tell whether the connection is open and idle.

@@ -5826,10 +5826,10 @@ def test_verbose_says_that_a_log_cannot_be_read(home, monkeypatch):
     # what changes while a request is on, what -v says
     pytest.param(Home.log_out, "the token is missing", id="no token"),
     pytest.param(lambda home: home.write("credentials", {"accessToken": "new"}),
-                 "token has changed", id="token"),
+                 "the token has changed", id="token"),
     pytest.param(lambda home: home.configure(other=1), "config has changed", id="config"),
     pytest.param(lambda home: home.write(".device-id", "new"),
-                 "device_id has changed", id="device id"),
+                 "the device id has changed", id="device id"),
 ])
 def test_verbose_says_what_has_changed(home, change, words):
     home.fill(BATCH + 1)
