@@ -123,12 +123,10 @@ UNFINISHED = "network_error"
 RESULT_HINTS = {
     "skipped": " (--skip-pending was used)",
     "auth_failed": " (the server does not accept the token: log in again)",
-    "server_error": (
-        " (the server refused; the next run tries again, and with -v says more)"
-    ),
+    "server_error": " (the server refused)",
     UNFINISHED: (
-        " (not finished: still at work, or ended early, or no usable answer; the next"
-        " run goes on, and with -v says more)"
+        " (not finished: still at work, ended early, a refused base URL, or no usable"
+        " answer)"
     ),
 }
 
@@ -138,7 +136,7 @@ CONNECT_SECONDS = 3  # for each address
 IDLE_SECONDS = 10  # without progress
 MAX_DELAY_SECONDS = 10  # before a retry
 # Seconds to wait before the one retry, by status. After 429, a valid Retry-After is
-# used instead.
+# used instead, up to MAX_DELAY_SECONDS.
 RETRY_SECONDS = {429: 5, 502: 2, 503: 2, 504: 2}
 
 # The fields of an event that are sent, by log. All others stay at home. The fields of
@@ -200,15 +198,16 @@ class Stop(Exception):
     """Ends a run early. The message is for people and never holds the token."""
 
 
-# Small files and JSON. What is broken or of another type counts as missing. (But a mode
-# or a baseUrl of another type is refused.)
+# Small files and JSON. What is broken or of another type counts as missing. (But with a
+# mode or a baseUrl of another type, nothing is sent.)
 
 
 def open_regular(path: str) -> "BinaryIO":
     """Open a file to read; raise OSError if there is none, or no regular one."""
     # To open a FIFO would block.
     if os.path.exists(path) and not os.path.isfile(path):
-        # With a number, even if it means nothing, the text is the error's strerror.
+        # OSError(text) alone would have no strerror, which callers show. 0 has no
+        # meaning.
         raise OSError(0, "not a regular file")
     return open(path, "rb", BUFFER_BYTES)
 
@@ -248,7 +247,7 @@ def decode(data: bytes, errors: str = "strict") -> str:
 def parse_object(text: str) -> "Optional[Dict[str, Any]]":
     """Return the JSON object that a text consists of, None if it is anything else."""
     try:
-        # As json.loads() does, but in half the time, for text without blanks around.
+        # As json.loads() does, but in half the time. The text must be stripped.
         value, end = DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None
@@ -273,9 +272,6 @@ def get_count(container: "Mapping[str, Any]", key: str) -> int:
 
 
 # Gate: consent, token, endpoint. Contract: Prerequisites.
-
-# For type checkers, the fields of a namedtuple are Any. Hence str() and bool() around
-# them in some places below.
 
 # mode: "community", "anonymous" or "off". reason: in words, what decided that.
 Consent = namedtuple("Consent", "mode reason")
@@ -372,8 +368,8 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
     flags = re.ASCII | re.IGNORECASE | re.VERBOSE
     text = base_url if isinstance(base_url, str) else ""
     if re.fullmatch(URL_PATTERN, text, flags) and "?" not in text and "#" not in text:
-        # Some invalid hosts and ports match the pattern. For these, urlsplit() or port
-        # raises ValueError.
+        # For some hosts and ports that match the pattern but are invalid, urlsplit() or
+        # port raises ValueError.
         with suppress(ValueError):
             url = urllib.parse.urlsplit(text.rstrip("/") + EVENTS_PATH)
             if url.port != 0:  # None means the usual port
@@ -433,8 +429,8 @@ class Run:
         """Tell whether another request may begin after a delay.
 
         None may begin in the last third of a run. This leaves 10 of the usual 30
-        seconds to a request that has begun. If the end of the run cut it short, the
-        next run would send it again. (The first request of a run does not ask.)
+        seconds to a request that has begun: if the end of the run cut it short, the
+        next run would have to send it again. (The first request of a run does not ask.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -537,12 +533,12 @@ class State:
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
         # A file longer than 512 bytes is another program's. Or it begins with our
-        # record, if a kill came before write() could cut off the rest. So try the first
-        # 512 bytes alone. If they are no JSON, try all of it.
+        # record: write() puts that over the first 512 bytes and then cuts off the rest,
+        # and a kill may come in between. So try the first 512 bytes alone. If they are
+        # no JSON, try all of it.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
-        # A blank file is an empty one, not a broken one. (A broken one counts as empty,
-        # too; --status says so.)
+        # A broken file counts as empty, but --status names it. A blank one is empty.
         self.is_broken = not saved and decode(data, "replace") != ""
         self.timestamp = get(saved, "last_sync_ts", "")
         self.result = get(saved, "last_sync_result", "")
@@ -620,7 +616,7 @@ def lock_state(folder: str) -> "Iterator[State]":
             lock_file(file)
             prepare_file(file, folder)
             state = State(file, path)
-        # The caller's code is outside of stop_on_error.
+        # Outside of stop_on_error: an error of the caller is not about this file.
         yield state
 
 
@@ -652,8 +648,9 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
         # If a write lengthens a file, a power cut may keep its bytes and lose the new
-        # length. So lengthen the file first, with blanks. JSON ignores them, so the old
-        # record can be read all the time. (An empty file has no old record to lose.)
+        # length. So the file must have 512 bytes before the old record is overwritten.
+        # Lengthen it with blanks, which JSON ignores. (An empty file has no old record
+        # to lose.)
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
@@ -677,7 +674,8 @@ Line = namedtuple("Line", "log begin end mode event is_blank")
 class Log:
     """A log as it was when it was opened. Later lines are left to the next run.
 
-    Only one iterator of lines() may be in use: they share the position in the file.
+    Only one iterator of lines() may be in use at a time, for they share the position in
+    the file. (read_batch() drops its own before it returns.)
 
     mode             the mode to send in, "community" or "anonymous"
     size             bytes of the log when it was opened
@@ -713,6 +711,7 @@ class Log:
         if mark.fingerprint is None:
             # No checksum: the mark is an older script's, or there was none. Then a log
             # that is shorter than the offset is another one.
+            # (bool() is for type checkers: fields of a namedtuple are Any.)
             return bool(mark.offset <= self.size)
         fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
         return bool(fingerprint == mark.fingerprint)
@@ -720,9 +719,10 @@ class Log:
     def fingerprint(self, offset: int, anonymous_until: int) -> int:
         """Return a checksum of the log's first 256 bytes, or of fewer.
 
-        A short log grows, which must not change the checksum of its mark. So only bytes
-        before the larger of the two offsets of the mark count: they were there when it
-        was saved.
+        A log that grows must not change the checksum of its mark. So only bytes before
+        the larger of the two offsets of the mark count: they were there when it was
+        saved. For example, if 100 bytes are done, the checksum is that of these 100. If
+        none are done, it is that of no bytes, which fits any log.
         """
         return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
@@ -790,7 +790,7 @@ class Log:
 def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
     """Open the logs that can be read, each to go on where its mark says.
 
-    mode is that of the run, or one that a preview or a count assumes.
+    mode is that of the run, or another one if nothing is to be sent.
     """
     with ExitStack() as stack:
         logs = []
@@ -820,8 +820,8 @@ def flush_logs(logs: "List[Log]") -> None:
 
 # lines: up to 100 Lines with events, all of one mode; none, if the batch covers only
 # lines that hold no event. body: what is posted; empty if there are no lines. ends: by
-# Log, the offset after the batch. passed_over: how many lines hold no event that can be
-# sent, blank ones aside.
+# Log, the offset after the batch; a Log may be missing if nothing of it is covered.
+# passed_over: how many lines hold no event that can be sent, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 
 
@@ -877,9 +877,7 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
-def read_batch(
-    starts: "Dict[Log, int]", max_events: int, device_id: str
-) -> "Optional[Batch]":
+def read_batch(starts: "Dict[Log, int]", device_id: str) -> "Optional[Batch]":
     """Return the next batch, None if nothing follows.
 
     starts: by Log, the offset to begin at. One log is read after the other. A batch
@@ -897,7 +895,7 @@ def read_batch(
         if taken_bytes and taken_bytes + line_size > BATCH_BYTES:
             break
         if line.event is not None:
-            if len(lines) == max_events or (lines and line.mode != lines[0].mode):
+            if len(lines) == BATCH_EVENTS or (lines and line.mode != lines[0].mode):
                 break
             lines.append(line)
         elif not line.is_blank:
@@ -914,22 +912,33 @@ def get_offsets(logs: "List[Log]") -> "Dict[Log, int]":
     return {log: log.offset for log in logs}
 
 
-def read_batches(
-    starts: "Dict[Log, int]", max_events: int, device_id: str
-) -> "Iterator[Batch]":
+def read_batches(starts: "Dict[Log, int]", device_id: str) -> "Iterator[Batch]":
     """Yield one batch after the other, each as read_batch() returns it."""
     while True:
-        batch = read_batch(starts, max_events, device_id)
+        batch = read_batch(starts, device_id)
         if batch is None:
             return
         yield batch
         starts = batch.ends
 
 
+def split_batch(batch: Batch, device_id: str) -> "List[Batch]":
+    """Return the two halves of a batch with at least two events."""
+    middle = len(batch.lines) // 2
+    first = batch.lines[:middle]
+    second = batch.lines[middle:]
+    # What lies behind the last event of the first half belongs to the second half.
+    ends = {line.log: line.end for line in first}
+    return [
+        Batch(first, encode_body(first, device_id), ends, 0),
+        batch._replace(lines=second, body=encode_body(second, device_id)),
+    ]
+
+
 # Send: one connection at a time, one retry for some statuses. Contract: Error Handling.
 
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
-# "refused" if the server refuses the body, which is not recorded; see Delivery.send.
+# "refused" if the server refuses the body, which is never recorded; see Delivery.
 # words: what happened.
 Outcome = namedtuple("Outcome", "result words")
 # retry_after: the header, or None.
@@ -1085,9 +1094,10 @@ class Sender:
 
         url = run.endpoint()
         self.run = run
-        # config as it was when the run decided on consent. If it was edited since then,
-        # check_agreement() must see that.
-        self.agreement = run.read_agreement()._replace(config=run.config)
+        # config as it was when consent was decided: check_agreement() must see changes.
+        token = read_token(run.directory)
+        device_id = read_device_id(run.directory, run.mode)
+        self.agreement = Agreement(run.config, token, device_id)
         self.path = url.path
         self.has_begun = False
         try:
@@ -1176,9 +1186,9 @@ class Sender:
             "User-Agent": "secondme_sync/" + VERSION,
         }
         try:
-            # http.client sends a file in blocks of 8 KiB, each with a time limit of
-            # its own. Bytes would go out in one sendall(), with one limit for all of
-            # them.
+            # http.client sends what has a read() in blocks of 8 KiB, each with a time
+            # limit of its own. Bytes would go out in one sendall(), with one limit for
+            # all of them.
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
             response = self.read_early_response()
@@ -1197,8 +1207,8 @@ class Sender:
         import http.client
 
         try:
-            # If there is an answer, it is there already. (A limit of 0 would make the
-            # socket non-blocking, and TLS may need to read twice.)
+            # If there is an answer, it is there already. (But with a limit of 0, TLS
+            # might fail and ask to be called again.)
             self.connection.sock.settimeout(0.1)
             return self.read_response()
         except (OSError, http.client.HTTPException):
@@ -1256,9 +1266,10 @@ def read_body(reply: "HTTPResponse") -> bytes:
     with suppress(OSError, http.client.HTTPException):
         data = reply.read(MAX_SMALL_BYTES + 1)
         # If the connection breaks, read() raises for a chunked body. For others it does
-        # not, but length says how many bytes are still missing. (It is None if the
-        # server has announced no length.)
-        if len(data) <= MAX_SMALL_BYTES and not reply.length:
+        # not, but length says how many bytes are still to come. (It is 0 if none are,
+        # None if the server has announced no length.)
+        is_cut_off = bool(reply.length)
+        if len(data) <= MAX_SMALL_BYTES and not is_cut_off:
             return data
     return b""
 
@@ -1280,8 +1291,9 @@ def check_prerequisites(run: Run) -> None:
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
-            # An earlier run may have been cut short after its last batch. Then nothing
-            # is to be sent, but "ok" to be recorded, which moves completed.
+            # An earlier run may have been cut short after its last batch. Then the mark
+            # says that all is done, and completed does not yet. Nothing is to be sent,
+            # but "ok" is to be recorded, which moves completed.
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_unreadable() or "nothing is pending")
@@ -1290,8 +1302,15 @@ def check_prerequisites(run: Run) -> None:
 class Delivery:
     """Sends what is pending, batch by batch, and records each batch that is accepted.
 
-    accepts_others  whether the server has accepted an event since it was sent the batch
-                    that deliver() is at; see settle_refused
+    An event that the server refuses is left out for good, but that takes proof that the
+    event is at fault and not the server: the server must accept another event, one that
+    was in the same batch and before it, or the next that is sent after it. Each
+    acceptance proves one event. Two that are refused in a row, without such proof for
+    the first, end the run.
+
+    has_proof    whether an event of the current batch was accepted, and is not used up
+    held         a refused event that waits for proof, as a Batch of its own, or None
+    passed_over  how many lines hold no event that can be sent
     """
 
     def __init__(
@@ -1302,109 +1321,91 @@ class Delivery:
         self.logs = logs
         self.sender = sender
         self.device_id = sender.agreement.device_id
-        self.accepts_others = False
+        self.has_proof = False
+        self.held = None  # type: Optional[Batch]
+        self.passed_over = 0
 
     def deliver(self) -> str:
         """Send all that is pending; return the result to record."""
-        while True:
-            batch = self.next_batch(BATCH_EVENTS)
-            if batch is None:
-                return "ok"
-            self.accepts_others = False
-            result = self.send(batch)
-            if result != "ok":
-                return result
-
-    def next_batch(self, max_events: int) -> "Optional[Batch]":
-        """Return the next batch with an event, None if no event is pending."""
-        starts = get_offsets(self.logs)
-        for batch in read_batches(starts, max_events, self.device_id):
-            if batch.body:
-                return batch
-            # It covers only lines without an event that can be sent.
-            self.advance(batch)
-        return None
+        for batch in read_batches(get_offsets(self.logs), self.device_id):
+            if batch.lines:
+                # What was accepted before this batch proves nothing: the server may
+                # have begun to refuse everything.
+                self.has_proof = False
+                result = self.send(batch)
+                if result != "ok":
+                    return result
+            elif self.held is None:
+                self.advance(batch)
+        return "ok" if self.held is None else self.give_up(self.held)
 
     def send(self, batch: Batch) -> str:
-        """Send a batch, in parts if it is refused. Return "ok" if all of it is done.
+        """Post a batch, or its parts if it is refused. Return "ok", or why to stop.
 
-        A refused batch is sent in two halves, a refused half in two halves, and so on,
-        until the event that is at fault stands alone. For example, if the server
+        A refused batch is posted in two halves, a refused half in two halves, and so
+        on, until the event that is at fault stands alone. For example, if the server
         refuses the third of four, the requests are [1 2 3 4] [1 2] [3 4] [3] [4].
         """
-        result = self.post(batch)
-        if result != "refused":
-            return result
-        count = len(batch.lines)
-        if count == 1:
-            return self.settle_refused(batch)
-        for half in (count // 2, count - count // 2):
-            part = self.next_batch(half)
-            if part is None:
-                # The log was cut off meanwhile.
-                return "ok"
-            result = self.send(part)
-            if result != "ok":
-                return result
-        return "ok"
-
-    def post(self, batch: Batch) -> str:
-        """Post a batch; if it is accepted, record that. Return the result."""
         result = self.sender.post(batch)
         if result == "ok":
-            self.advance(batch)
-            self.accepts_others = True
+            self.accept(batch)
+        elif result == "refused" and len(batch.lines) == 1:
+            return self.settle_refused(batch)
+        elif result == "refused":
+            for half in split_batch(batch, self.device_id):
+                result = self.send(half)
+                if result != "ok":
+                    return result
         return result
 
+    def accept(self, batch: Batch) -> None:
+        """Record that a batch is accepted. This may prove that a held event is bad."""
+        if self.held is None:
+            self.has_proof = True
+        else:
+            self.leave_out(self.held)
+            self.held = None
+        self.advance(batch)
+
+    def settle_refused(self, lone: Batch) -> str:
+        """Leave a refused event out, or hold it; return as send() does."""
+        if self.has_proof:
+            self.has_proof = False
+            self.leave_out(lone)
+            return "ok"
+        if self.held is None:
+            self.held = lone
+            return "ok"
+        return self.give_up(self.held)
+
+    def leave_out(self, lone: Batch) -> None:
+        """Record that a refused event is done."""
+        words = ", but accepts others; it is left out for good"
+        self.say(describe_refused(lone) + words)
+        self.advance(lone)
+
+    def give_up(self, lone: Batch) -> str:
+        """Return the result of a run that ends at a refused event."""
+        self.say(describe_refused(lone) + "; it stays pending, and all behind it")
+        return "server_error"
+
     def advance(self, batch: Batch) -> None:
-        """Record that a batch is done."""
+        """Record that a batch is done, and all before it."""
         for log, end in batch.ends.items():
             log.offset = end
         # Not flushed, which would take time. After a power cut, the next run may send
         # again what this run has sent.
         self.state.save(self.logs, UNFINISHED, flush=False)
         if batch.passed_over:
-            self.say(PASSED_OVER.format(batch.passed_over))
+            self.passed_over += batch.passed_over
+            self.say(PASSED_OVER.format(self.passed_over) + " so far")
 
-    def settle_refused(self, lone: Batch) -> str:
-        """Leave a refused event out for good, or keep it pending; return the result.
 
-        To leave it out takes proof that the event is at fault and not the server: the
-        server must have accepted another event of the batch that deliver() is at. (What
-        it accepted before proves nothing: it may have begun to refuse everything.) If
-        it has not, the next event is posted alone. If that is refused, too, or if there
-        is none, the refused event stays pending, and all behind it.
-        """
-        line = lone.lines[0]
-        place = f"byte {line.begin} of {line.log.name}.jsonl"
-        words = f"the server refuses the event at {place}"
-        if self.accepts_others:
-            self.advance(lone)
-            result = "ok"
-        else:
-            # If the next event is accepted, this records that both are done.
-            result = self.post_behind(lone)
-        # Each acceptance proves once.
-        self.accepts_others = False
-        if result == "ok":
-            self.say(words + ", but accepts others; it is left out for good")
-        elif result == "refused":
-            result = "server_error"
-            self.say(words + "; it stays pending, and all behind it")
-        return result
-
-    def post_behind(self, lone: Batch) -> str:
-        """Post the event behind a lone one; return the result, "refused" for no event.
-
-        If it is accepted, the end of its batch is recorded. The lone event lies before
-        that, so it is done, too: it is left out.
-        """
-        passed_over = lone.passed_over
-        for batch in read_batches(lone.ends, 1, self.device_id):
-            passed_over += batch.passed_over
-            if batch.body:
-                return self.post(batch._replace(passed_over=passed_over))
-        return "refused"
+def describe_refused(lone: Batch) -> str:
+    """Return in words that the event of a batch is refused."""
+    line = lone.lines[0]
+    place = f"byte {line.begin} of {line.log.name}.jsonl"
+    return f"the server refuses the event at {place}"
 
 
 def sync(run: Run) -> None:
@@ -1448,14 +1449,14 @@ def limit_time(run: Run) -> None:
 
     def watch() -> None:
         never_free.acquire(timeout=run.max_time)
-        # (This blocks if stderr is a full pipe. Then the timer below ends the process.)
+        # (If stderr is a full pipe, this blocks, and the timer below ends the process.)
         run.say("time is up; what is not accepted yet stays pending")
         os._exit(0)
 
     _thread.start_new_thread(watch, ())
     # OpenSSL may block while it holds the interpreter's lock, and then no Python thread
-    # runs. This timer needs no interpreter. Before it ends the process, it writes a
-    # traceback, which nobody needs, into the null device. faulthandler keeps that open.
+    # runs. This timer needs no interpreter, and is used for its exit. The traceback
+    # that it writes before goes into the null device, which faulthandler keeps open.
     null = open(os.devnull, "wb")  # noqa: SIM115
     faulthandler.dump_traceback_later(run.max_time + 1, exit=True, file=null)
 
@@ -1563,8 +1564,7 @@ def show(text: str, stream: "Optional[TextIO]") -> None:
     """
     if stream is None:
         return
-    # json.dumps() turns each of these characters into an escape, between quotes. Then,
-    # what the stream cannot encode becomes an escape, too.
+    # json.dumps() returns a character that is not printable as an escape, in quotes.
     printable = "".join(
         char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1]
         for char in text
@@ -1598,20 +1598,20 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     as_anonymous = 0
     passed_over = 0
     ends = get_offsets(logs)
-    for batch in read_batches(ends, BATCH_EVENTS, ""):
+    for batch in read_batches(ends, ""):
         ends = batch.ends
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
-            # A mark keeps this line anonymous. (In anonymous mode, nothing is counted
-            # here: all lines are anonymous.)
+            # In community mode, the mode of a line differs from that of its log if a
+            # mark keeps it anonymous. (In anonymous mode, it never differs.)
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
     parts = [f"{name} events: {counts[name]}" for name in LOGS if not problems[name]]
     notes = [", ".join(parts)] if parts else []
     if as_anonymous:
-        notes.append(f"of these, only ever sent as anonymous: {as_anonymous}")
+        notes.append(f"of these, to be sent as anonymous only: {as_anonymous}")
     if passed_over:
         notes.append(PASSED_OVER.format(passed_over))
     unfinished = sum(end < log.size for log, end in ends.items())
@@ -1637,9 +1637,9 @@ def show_status(run: Run) -> None:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
     login = "no, " + login_problem if login_problem else "a token in credentials"
-    # Nothing is sent. To open the logs in community mode shows which lines a mark keeps
-    # anonymous.
-    with open_logs(run, state, "community") as logs:
+    # Nothing is sent. If telemetry is off, count what could be sent at most.
+    mode = "community" if run.mode == "off" else run.mode
+    with open_logs(run, state, mode) as logs:
         pending = describe_pending(run, logs)
     lines = [
         "directory: " + run.directory,
@@ -1680,7 +1680,7 @@ def dry_run(run: Run, preview: str) -> None:
     with open_logs(run, read_state(run.analytics), mode) as logs:
         show(f"secondme_sync: {text}: {describe_pending(run, logs)}", sys.stderr)
         device_id = read_device_id(run.directory, mode)
-        for batch in read_batches(get_offsets(logs), BATCH_EVENTS, device_id):
+        for batch in read_batches(get_offsets(logs), device_id):
             if batch.body:
                 print_body(batch.body)
 
@@ -1692,15 +1692,15 @@ def skip_pending(run: Run) -> None:
     in the README.
     """
     if not os.path.isdir(run.directory):
-        raise Stop(f"there is no directory {run.directory} yet")
+        raise Stop(f"nothing is logged yet, there is no directory {run.directory}")
     problem = run.find_unreadable()
     if problem:
         raise Stop(problem)
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    # Nothing is sent. Anonymous, so that the count says nothing of modes. (So the marks
-    # also keep as anonymous what is done, which changes nothing.)
+    # Nothing is sent. The mode matters only for the count: in anonymous mode, it does
+    # not say how many are anonymous.
     with lock_state(run.analytics) as state, open_logs(run, state, "anonymous") as logs:
         pending = describe_pending(run, logs)
         flush_logs(logs)
@@ -1764,6 +1764,7 @@ def build_parser() -> "ArgumentParser":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # The flags that are added below take their defaults from here.
     parser.set_defaults(**NO_FLAGS._asdict())
     group = parser.add_mutually_exclusive_group()
     text = "print what would be sent, or what MODE would send; send nothing"

@@ -1599,10 +1599,10 @@ def padded(session, size):
 
 
 def count_passed_over(backend):
-    """Return how many lines the messages of a run count as passed over."""
-    pattern = re.escape(secondme_sync.PASSED_OVER).replace(r"\{\}", r"(\d+)")
+    """Return how many lines the messages of a run count as passed over, in the end."""
+    pattern = re.escape(secondme_sync.PASSED_OVER).replace(r"\{\}", r"(\d+)") + " so far$"
     found = [re.match(pattern, message) for message in backend.said]
-    return sum(int(match.group(1)) for match in found if match)
+    return ([0] + [int(match.group(1)) for match in found if match])[-1]
 
 
 def deliver_between_neighbours(home, text):
@@ -3540,8 +3540,8 @@ def test_batches_have_100_events_again_behind_a_refused_batch(home):
 
     backend = sync_with(home, answers.refuse_events(["s-0"]))
 
-    # s-0 stands alone, s-1 is the proof, the other halves follow, and the rest as usual.
-    assert backend.sizes == [100, 50, 25, 12, 6, 3, 1, 1, 2, 3, 6, 13, 25, 50, 100, 49]
+    # s-0 stands alone, s-1 and s-2 are the proof. The other halves follow.
+    assert backend.sizes == [100, 50, 25, 12, 6, 3, 1, 2, 3, 6, 13, 25, 50, 100, 50]
 
 
 def test_a_refused_batch_goes_in_halves_and_the_next_one_is_full_again(home):
@@ -4959,7 +4959,7 @@ def test_dry_run_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
     assert home.main("--dry-run").err.decode("utf-8").endswith(
-        ": " + counted(usage=5, feedback=2) + "; of these, only ever sent as anonymous: 3\n")
+        ": " + counted(usage=5, feedback=2) + "; of these, to be sent as anonymous only: 3\n")
 
 
 def show_on_terminal(home, *flags, **env):
@@ -5181,10 +5181,23 @@ def test_status_shows_a_refused_base_url(home, base_url, shown):
     assert status(home)["endpoint"].startswith("baseUrl in config is refused: %s; it must be " % shown)
 
 
+@pytest.mark.parametrize("mode, said", [
+    # mode, what is pending; the event has a bad value in a field that only community sends
+    ("community", counted(usage=0) + "; " + PASSED_OVER % 1),
+    ("anonymous", counted(usage=1)),
+    ("off",       counted(usage=0) + "; " + PASSED_OVER % 1),
+])
+def test_status_counts_in_the_mode_that_is_set(home, mode, said):
+    home.append("usage", b'{"error_message": NaN}\n')
+    home.configure(telemetry=mode)
+
+    assert status(home)["pending"] == said
+
+
 def test_status_counts_what_goes_as_anonymous(home):
     log_in_both_modes(home)
 
-    assert status(home)["pending"] == counted(usage=5, feedback=2) + "; of these, only ever sent as anonymous: 3"
+    assert status(home)["pending"] == counted(usage=5, feedback=2) + "; of these, to be sent as anonymous only: 3"
 
 
 @pytest.mark.parametrize("reply, result, hint", [
@@ -5193,9 +5206,9 @@ def test_status_counts_what_goes_as_anonymous(home):
     pytest.param(answer(401), "auth_failed",
                  " (the server does not accept the token: log in again)", id="auth_failed"),
     pytest.param(answer(500), "server_error",
-                 " (the server refused; the next run tries again, and with -v says more)", id="server_error"),
+                 " (the server refused)", id="server_error"),
     pytest.param(DROP, "network_error",
-                 " (not finished: still at work, or ended early, or no usable answer; the next run goes on, and with -v says more)", id="no answer"),
+                 " (not finished: still at work, ended early, a refused base URL, or no usable answer)", id="no answer"),
 ])
 def test_status_shows_last_result_and_time(home, reply, result, hint):
     home.fill(1)
@@ -5482,7 +5495,7 @@ def test_skip_pending_without_logs_says_so(home, has_analytics):
     pytest.param(replace_usage_log_by_folder,
                  "{usage_log} cannot be read (not a regular file)\n", id="log is a folder"),
     pytest.param(remove_state_directory,
-                 "there is no directory {home.dir} yet\n", id="no directory"),
+                 "nothing is logged yet, there is no directory {home.dir}\n", id="no directory"),
 ])
 def test_skip_pending_that_fails_says_why(home, change, reason):
     home.fill(1)
@@ -5676,7 +5689,7 @@ def test_verbose_counts_lines_passed_over_around_a_refused_event(home):
 
     backend = home.deliver(*[answers.refuse_events({"s-0"})] * 9)
 
-    assert PASSED_OVER % 4 in backend.said
+    assert count_passed_over(backend) == 4
     home.assert_done()
 
 
@@ -5706,7 +5719,22 @@ def test_verbose_counts_lines_passed_over(home):
 
     assert read_messages(backend) == [
         "BATCH: HTTP 200, code 0 (ok)",
-        PASSED_OVER % 2,
+        PASSED_OVER % 2 + " so far",
+        "the run ends: ok"]
+
+
+def test_verbose_adds_up_the_lines_passed_over(home):
+    home.append("usage", b"no event\n" + line(usage(0)))
+    home.fill(BATCH)
+    home.append("usage", b"no event\n" * 3)
+
+    backend = home.deliver()
+
+    assert read_messages(backend) == [
+        "BATCH: HTTP 200, code 0 (ok)",
+        PASSED_OVER % 1 + " so far",
+        "BATCH: HTTP 200, code 0 (ok)",
+        PASSED_OVER % 4 + " so far",
         "the run ends: ok"]
 
 
