@@ -3619,6 +3619,18 @@ def test_lone_refused_event_stays_pending(home, status):
     home.assert_done()
 
 
+def test_refused_event_stays_pending_before_lines_without_events(home):
+    """So many that they are a batch of their own, which is not posted and proves nothing."""
+    home.log("usage", 0)
+    home.append("usage", b"broken line\n" * 20000)
+
+    sync_with(home, answer(400))
+
+    assert home.result == "server_error"
+    assert home.deliver().sessions == ["s-0"]
+    home.assert_done()
+
+
 def test_lone_refused_event_is_left_out_once_another_is_accepted(home):
     home.fill(1)
     sync_with(home, answers.refuse_events(["s-0"]))
