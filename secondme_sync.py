@@ -10,15 +10,16 @@ Usage:
     secondme_sync.py --background       the same in a new process; return at once
     secondme_sync.py --dry-run [MODE]   print what would be sent; send nothing
     secondme_sync.py --status           print how things stand
-    secondme_sync.py --pending          print yes or no
+    secondme_sync.py --pending          print yes if there is something to do, else no
     secondme_sync.py --skip-pending     mark what is logged as never to be sent
     secondme_sync.py --help             list these and the other flags
 
 Exit code: 0, even if nothing could be sent; 2 for wrong flags; 1 if --skip-pending
 failed, or if a run hung so badly that it had to be killed a second after --max-time.
 
-Reads, all in ~/.secondme:
-    config                     the mode agreed to: "community", "anonymous" or "off"
+Reads, all in ~/.secondme (or --dir):
+    config                     the mode agreed to ("community", "anonymous" or "off"),
+                               and perhaps the server
     credentials                the token; goes with each request, in every mode
     .device-id                 sent in community mode only
     analytics/usage.jsonl      a log; never changed
@@ -32,9 +33,9 @@ of an event that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS be
 Anonymous means fewer fields and no device id. The token goes along all the same, so the
 server can tell whose events they are.
 
-Events go in the mode that is set when they are sent. Two kinds go as anonymous, even in
-community mode:
-    - events that were pending when a run in anonymous mode began to send
+Events go in the mode that is set when they are sent. But as long as .sync-offsets is
+kept, two kinds go as anonymous, even in community mode:
+    - events that were pending when a run in anonymous mode began
     - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
@@ -46,7 +47,8 @@ Words that this file uses:
     run      one execution of this program, above all one that sends
     batch    up to 100 events, sent in one request
     mark     three numbers for each log: how much of it is done; the place before which
-             lines go as anonymous; and a checksum to tell whether the log was replaced
+             lines go as anonymous, for one of the two reasons above; and a checksum to
+             tell whether the log was replaced
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
     Stop     the exception that ends a run early, with a reason
 
@@ -115,8 +117,8 @@ FINGERPRINT_BYTES = 256
 RECORD_BYTES = 512
 
 # The result of a run that is not finished. The contract has no word for that, so its
-# word for a network error is used. It is recorded before the first request, and stands
-# if the run is cut short.
+# word for a network error is used: after both, the next run goes on. It is recorded
+# before the first request, and stands if the run is cut short.
 UNFINISHED = "network_error"
 
 # What --status adds to some results.
@@ -173,7 +175,9 @@ FAILURES = {
     "timeout": "no progress for too long",
     "TimeoutError": "no progress for too long",
     "SSLError": "TLS failed",
-    "SSLCertVerificationError": "the certificate of the server is not trusted",
+    "SSLCertVerificationError": (
+        "the certificate of the server is not trusted, or is that of another host"
+    ),
     "BadStatusLine": "the answer is not HTTP",
 }
 
@@ -198,16 +202,16 @@ class Stop(Exception):
     """Ends a run early. The message is for people and never holds the token."""
 
 
-# Small files and JSON. What is broken or of another type counts as missing. (But with a
-# mode or a baseUrl of another type, nothing is sent.)
+# Small files and JSON. What is broken or of another type counts as missing. (But in
+# decide_consent() and Run.endpoint(), a value of another type is refused.)
 
 
 def open_regular(path: str) -> "BinaryIO":
     """Open a file to read; raise OSError if there is none, or no regular one."""
     # To open a FIFO would block.
     if os.path.exists(path) and not os.path.isfile(path):
-        # OSError(text) alone would have no strerror, which callers show. 0 has no
-        # meaning.
+        # Callers show strerror, which OSError(text) alone would not have. There is no
+        # number for this.
         raise OSError(0, "not a regular file")
     return open(path, "rb", BUFFER_BYTES)
 
@@ -265,7 +269,7 @@ def get(container: "Mapping[str, Any]", key: str, default: "T") -> "T":
 def get_count(container: "Mapping[str, Any]", key: str) -> int:
     """Return the whole number of at most 63 bits under a key, 0 if there is none.
 
-    More bits than that could not be the offset of a file.
+    More bits could be neither the offset of a file nor a checksum.
     """
     value = get(container, key, 0)
     return value if 0 <= value < 1 << 63 else 0
@@ -430,7 +434,8 @@ class Run:
 
         None may begin in the last third of a run. This leaves 10 of the usual 30
         seconds to a request that has begun: if the end of the run cut it short, the
-        next run would have to send it again. (The first request of a run does not ask.)
+        next run would have to send it again. (Before the first request of a run, the
+        caller does not ask.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -517,11 +522,11 @@ class State:
             "usage": {"bytes": 48211, "fingerprint": 1234567, "anonymous": 0},
             "feedback": {"bytes": 0, "fingerprint": 0, "anonymous": 0}}}
 
-    marks      what resume holds, by log. The next run starts there. Marks move with
-               every accepted batch.
-    completed  usage_bytes and feedback_bytes, by log. They are for older scripts; a run
-               starts there only if there is no mark. As the contract has it, they move
-               only when a run has sent everything (or skipped it).
+    marks      what resume holds, by log. A run starts there. Marks move with every
+               batch that is done.
+    completed  usage_bytes and feedback_bytes, by log. They are written for older
+               scripts, and read only for a log without a mark. As the contract has it,
+               they move only when a run has sent everything (or skipped it).
 
     The record is overwritten in place, by one write. In practice, a disk writes a
     sector whole or not at all, and a kill does not split so small a write. So a kill or
@@ -532,10 +537,9 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # A file longer than 512 bytes is another program's. Or it begins with our
-        # record: write() puts that over the first 512 bytes and then cuts off the rest,
-        # and a kill may come in between. So try the first 512 bytes alone. If they are
-        # no JSON, try all of it.
+        # A file longer than 512 bytes is another program's. Or it holds our record and
+        # the rest of such a file, if a kill came between the two steps of write(). So
+        # try the first 512 bytes alone. If they are no JSON, try all of it.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         # A broken file counts as empty, but --status names it. A blank one is empty.
@@ -648,9 +652,9 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
         # If a write lengthens a file, a power cut may keep its bytes and lose the new
-        # length. So the file must have 512 bytes before the old record is overwritten.
-        # Lengthen it with blanks, which JSON ignores. (An empty file has no old record
-        # to lose.)
+        # length: half a record would be left. So the file must have 512 bytes before
+        # the old record is overwritten. Lengthen it with blanks, which JSON ignores.
+        # (An empty file has no old record to lose.)
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
@@ -675,7 +679,7 @@ class Log:
     """A log as it was when it was opened. Later lines are left to the next run.
 
     Only one iterator of lines() may be in use at a time, for they share the position in
-    the file. (read_batch() drops its own before it returns.)
+    the file. (That of read_batch() ends with each call.)
 
     mode             the mode to send in, "community" or "anonymous"
     size             bytes of the log when it was opened
@@ -709,27 +713,26 @@ class Log:
     def fits(self, mark: Mark) -> bool:
         """Tell whether a mark was saved for this log, as far as that can be known."""
         if mark.fingerprint is None:
-            # No checksum: the mark is an older script's, or there was none. Then a log
-            # that is shorter than the offset is another one.
-            # (bool() is for type checkers: fields of a namedtuple are Any.)
-            return bool(mark.offset <= self.size)
-        fingerprint = self.fingerprint(mark.offset, mark.anonymous_until)
-        return bool(fingerprint == mark.fingerprint)
+            # No checksum: the mark is an older script's, or there was none. Then the
+            # only sign of another log is that it is shorter than the offset.
+            fits = mark.offset <= self.size  # type: bool
+        else:
+            fits = mark.fingerprint == self.fingerprint(mark)
+        return fits
 
-    def fingerprint(self, offset: int, anonymous_until: int) -> int:
-        """Return a checksum of the log's first 256 bytes, or of fewer.
+    def fingerprint(self, mark: Mark) -> int:
+        """Return the checksum for a mark: that of up to 256 bytes of the log.
 
-        A log that grows must not change the checksum of its mark. So only bytes before
-        the larger of the two offsets of the mark count: they were there when it was
-        saved. For example, if 100 bytes are done, the checksum is that of these 100. If
-        none are done, it is that of no bytes, which fits any log.
+        Only bytes before the larger of its two offsets count. They were in the log when
+        the mark was saved, so the checksum stays the same when the log grows. If both
+        offsets are 0, it is the checksum of no bytes, which fits any log.
         """
-        return zlib.crc32(self.head[: max(offset, anonymous_until)])
+        return zlib.crc32(self.head[: max(mark.offset, mark.anonymous_until)])
 
     def mark(self) -> Mark:
         """Return how much of this log is done, to be saved."""
-        fingerprint = self.fingerprint(self.offset, self.anonymous_until)
-        return Mark(self.offset, self.anonymous_until, fingerprint)
+        mark = Mark(self.offset, self.anonymous_until, None)
+        return mark._replace(fingerprint=self.fingerprint(mark))
 
     def read_line(self, limit: int) -> bytes:
         """Return the next line, b"" at the end of the log.
@@ -790,7 +793,7 @@ class Log:
 def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
     """Open the logs that can be read, each to go on where its mark says.
 
-    mode is that of the run, or another one if nothing is to be sent.
+    mode is that of the run. (Actions that send nothing may choose another.)
     """
     with ExitStack() as stack:
         logs = []
@@ -820,7 +823,7 @@ def flush_logs(logs: "List[Log]") -> None:
 
 # lines: up to 100 Lines with events, all of one mode; none, if the batch covers only
 # lines that hold no event. body: what is posted; empty if there are no lines. ends: by
-# Log, the offset after the batch; a Log may be missing if nothing of it is covered.
+# Log, the offset after the batch (in a half of split_batch(), only by some Logs).
 # passed_over: how many lines hold no event that can be sent, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 
@@ -927,7 +930,9 @@ def split_batch(batch: Batch, device_id: str) -> "List[Batch]":
     middle = len(batch.lines) // 2
     first = batch.lines[:middle]
     second = batch.lines[middle:]
-    # What lies behind the last event of the first half belongs to the second half.
+    # The first half ends, in each log that it has events of, behind the last of them.
+    # The second half ends where the batch ends. So it covers what is left over: lines
+    # without an event, and the end of a log that only the first half has events of.
     ends = {line.log: line.end for line in first}
     return [
         Batch(first, encode_body(first, device_id), ends, 0),
@@ -1122,7 +1127,7 @@ class Sender:
             try:
                 self.run.sleep(delay)
             except OSError:
-                # Some sandboxes refuse to sleep. Then the first answer counts.
+                # A sandbox (seccomp) refuses to sleep. Then the first answer counts.
                 pass
             else:
                 response = self.post_once(batch)
@@ -1292,8 +1297,8 @@ def check_prerequisites(run: Run) -> None:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
             # An earlier run may have been cut short after its last batch. Then the mark
-            # says that all is done, and completed does not yet. Nothing is to be sent,
-            # but "ok" is to be recorded, which moves completed.
+            # says that all is done, but completed (see State) does not. Nothing is to
+            # be sent, but "ok" is to be recorded.
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_unreadable() or "nothing is pending")
@@ -1302,14 +1307,18 @@ def check_prerequisites(run: Run) -> None:
 class Delivery:
     """Sends what is pending, batch by batch, and records each batch that is accepted.
 
-    An event that the server refuses is left out for good, but that takes proof that the
-    event is at fault and not the server: the server must accept another event, one that
-    was in the same batch and before it, or the next that is sent after it. Each
-    acceptance proves one event. Two that are refused in a row, without such proof for
-    the first, end the run.
+    An event that the server refuses, even alone, is left out for good. But that takes
+    proof that the event is at fault, and not the server:
+        - If an earlier part of the same batch was accepted, it is left out at once.
+        - Otherwise it is held. If the next request is accepted, it is left out. If
+          another event is refused alone before that, or if nothing follows, the run
+          ends, and the event stays pending.
+    Each accepted request proves one event. For example, if the server refuses the first
+    of three: [1 2 3] [1] is held, [2 3] is accepted, 1 is left out.
 
-    has_proof    whether an event of the current batch was accepted, and is not used up
-    held         a refused event that waits for proof, as a Batch of its own, or None
+    has_proof    whether a part of this batch was accepted, and has proved nothing yet
+    held         the event that is held, as a Batch of its own, or None; never beside
+                 has_proof
     passed_over  how many lines hold no event that can be sent
     """
 
@@ -1336,6 +1345,8 @@ class Delivery:
                 if result != "ok":
                     return result
             elif self.held is None:
+                # Else, this would pass over the held event. The next batch that is
+                # accepted covers these lines, too.
                 self.advance(batch)
         return "ok" if self.held is None else self.give_up(self.held)
 
@@ -1417,8 +1428,8 @@ def sync(run: Run) -> None:
         run.say(problem)
     with lock_state(run.analytics) as state, open_logs(run, state, run.mode) as logs:
         flush_logs(logs)
-        # Saved in advance: a run that cannot record must not send, and this is the
-        # result that stands if the run is cut short, or if a Stop ends it.
+        # Record before sending: if that fails, nothing is sent. The result stands if
+        # the run is cut short, or if a Stop ends it.
         result = UNFINISHED
         state.save(logs, result, flush=True)
         try:
@@ -1442,8 +1453,8 @@ def limit_time(run: Run) -> None:
     import _thread  # threading would take 1 ms
     import faulthandler
 
-    # A lock that nobody releases. To wait for it is a sleep, but unlike time.sleep(),
-    # no sandbox refuses it.
+    # A lock that nobody releases. To wait for it is a sleep, but one that still works
+    # where a sandbox (seccomp) makes time.sleep() fail.
     never_free = _thread.allocate_lock()
     never_free.acquire()
 
@@ -1469,8 +1480,8 @@ def sync_in_foreground(run: Run) -> None:
 
 def find_script() -> str:
     """Return the path of this script, "" if it was piped in."""
-    # If the script was piped in, __file__ is missing or "<stdin>". (A file named
-    # "<stdin>" in the working directory may be anybody's.)
+    # If the script was piped in, __file__ is missing or "<stdin>". (That name is looked
+    # at, for a file "<stdin>" in the working directory may be anybody's.)
     script = str(globals().get("__file__", "<stdin>"))
     if script == "<stdin>" or not os.path.isfile(script):
         return ""
@@ -1614,6 +1625,7 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         notes.append(f"of these, to be sent as anonymous only: {as_anonymous}")
     if passed_over:
         notes.append(PASSED_OVER.format(passed_over))
+    # Lines end before the log does only if the last one is unfinished.
     unfinished = sum(end < log.size for log, end in ends.items())
     if unfinished:
         notes.append(f"half-written lines: {unfinished}")
@@ -1637,7 +1649,8 @@ def show_status(run: Run) -> None:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
     login = "no, " + login_problem if login_problem else "a token in credentials"
-    # Nothing is sent. If telemetry is off, count what could be sent at most.
+    # Nothing is sent. The mode decides which lines can be encoded, and whether to count
+    # those that are to go as anonymous.
     mode = "community" if run.mode == "off" else run.mode
     with open_logs(run, state, mode) as logs:
         pending = describe_pending(run, logs)
@@ -1699,14 +1712,14 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet", sys.stdout)
         return
-    # Nothing is sent. The mode matters only for the count: in anonymous mode, it does
-    # not say how many are anonymous.
+    # Nothing is sent. In anonymous mode, describe_pending() does not say how many are
+    # to go as anonymous.
     with lock_state(run.analytics) as state, open_logs(run, state, "anonymous") as logs:
         pending = describe_pending(run, logs)
         flush_logs(logs)
         for log in logs:
-            # If the log ends in half a line, the other half will be no event either:
-            # the end of a JSON object is not an object.
+            # If the log ends in half a line, the other half will be no event either: a
+            # JSON object ends where its first brace is closed, which is skipped.
             log.offset = log.size
         state.save(logs, "skipped", flush=True)
     show("never to be sent: " + pending, sys.stdout)
@@ -1736,8 +1749,8 @@ switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Pyth
 uses them.
 """
 
-# If one of these actions fails, main() says why, even without -v. The reason stands
-# behind these words.
+# If one of these actions fails, main() prints these words and the reason, even without
+# -v.
 EFFECTS = {
     "dry-run": "nothing would be sent",
     "skip-pending": "nothing is skipped",
@@ -1764,7 +1777,7 @@ def build_parser() -> "ArgumentParser":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # The flags that are added below take their defaults from here.
+    # add_argument() looks up the defaults of the flags below in these.
     parser.set_defaults(**NO_FLAGS._asdict())
     group = parser.add_mutually_exclusive_group()
     text = "print what would be sent, or what MODE would send; send nothing"
