@@ -1363,6 +1363,7 @@ class Delivery:
         elif result == "refused" and len(batch.lines) == 1:
             return self.settle_refused(batch)
         elif result == "refused":
+            self.say("the refused batch is sent in two halves")
             for half in split_batch(batch, self.device_id):
                 result = self.send(half)
                 if result != "ok":
@@ -1493,7 +1494,7 @@ def find_script() -> str:
 def sync_in_background(run: Run) -> None:
     """Sync in a process that outlives this one, if there is something to do."""
     check_prerequisites(run)
-    started = "a run begins in the background; --status shows how it ended"
+    started = "started in the background; it ends at once if another run is at work"
     script = find_script()
     if script and sys.executable:
         command = [sys.executable, "-I", script]
@@ -1686,7 +1687,7 @@ def dry_run(run: Run, preview: str) -> None:
             raise Stop(f"telemetry is off: {run.reason} ({hint})")
         check_prerequisites(run)
         mode = run.mode
-        text = f"{mode} mode, to {run.endpoint().geturl()}"
+        text = f"would be sent in {mode} mode, to {run.endpoint().geturl()}"
     else:
         text = f"a preview of {mode} mode; the mode that is set is {run.mode}"
         text += f" ({run.reason})"
@@ -1704,13 +1705,11 @@ def skip_pending(run: Run) -> None:
     This holds as long as nobody edits the logs or deletes .sync-offsets; see "Pitfalls"
     in the README.
     """
-    if not os.path.isdir(run.directory):
-        raise Stop(f"nothing is logged yet, there is no directory {run.directory}")
     problem = run.find_unreadable()
     if problem:
         raise Stop(problem)
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
-        show("nothing is logged yet", sys.stdout)
+        show("nothing is logged yet in " + run.analytics, sys.stdout)
         return
     # Nothing is sent. In anonymous mode, describe_pending() does not say how many are
     # to go as anonymous.
@@ -1802,7 +1801,7 @@ def add_options(parser: "ArgumentParser") -> None:
     add("--dir", dest="directory", metavar="DIR", help="instead of ~/.secondme")
     text = "the server, where config has no baseUrl"
     add("--base-url", metavar="URL", help=text)
-    text = "print to stderr what happens; a sync still sends"
+    text = "print to stderr what happens; without another flag, this sends"
     add("-v", "--verbose", action="store_true", help=text)
     add("--version", action="version", version="secondme_sync " + VERSION)
 

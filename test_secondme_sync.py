@@ -4911,13 +4911,15 @@ def test_preview_keeps_anonymous_what_was_seen_as_anonymous(home):
     # change: what differs from three pending events, flags, environment, said on stderr
     pytest.param(
         None, [], {},
-        "community mode, to {endpoint}: " + counted(usage=2, feedback=1), id="community"),
+        "would be sent in community mode, to {endpoint}: " + counted(usage=2, feedback=1),
+        id="community"),
     pytest.param(
         None, [], {"SM_TEL": "anonymous"},
-        "anonymous mode, to {endpoint}: " + counted(usage=2, feedback=1), id="anonymous"),
+        "would be sent in anonymous mode, to {endpoint}: " + counted(usage=2, feedback=1),
+        id="anonymous"),
     pytest.param(
         lambda home: home.append("usage", b'no event\n\n{"torn'), [], {},
-        "community mode, to {endpoint}: " + counted(usage=2, feedback=1)
+        "would be sent in community mode, to {endpoint}: " + counted(usage=2, feedback=1)
         + "; " + PASSED_OVER % 1 + "; half-written lines: 1", id="passed over"),
     pytest.param(
         None, ["anonymous"], {},
@@ -5088,6 +5090,11 @@ def test_status_prints_six_lines(home):
 
 def append_useless_lines(home):
     home.append("usage", b"no event\n[1]\n\n" + b"x" * secondme_sync.MAX_LINE_BYTES + b"x\n{")
+
+
+def replace_state_directory_by_file(home):
+    remove_state_directory(home)
+    home.dir.write_bytes(b"")
 
 
 def remove_state_directory(home):
@@ -5488,16 +5495,20 @@ def test_skipping_twice_finds_nothing_the_second_time(home):
     assert said == "never to be sent: " + counted(usage=0) + "\n"
 
 
-@pytest.mark.parametrize("has_analytics", [True, False], ids=["no logs", "no analytics"])
-def test_skip_pending_without_logs_says_so(home, has_analytics):
-    if not has_analytics:
-        home.analytics.rmdir()
+@pytest.mark.parametrize("remove", [
+    pytest.param(lambda home: None, id="no logs"),
+    pytest.param(lambda home: home.analytics.rmdir(), id="no analytics"),
+    pytest.param(remove_state_directory, id="no directory"),
+])
+def test_skip_pending_without_logs_says_so(home, remove):
+    remove(home)
+    before = home.snapshot()
 
     result = home.main("--skip-pending")
 
-    assert result == Result(0, b"nothing is logged yet\n", b"")
-    assert home.analytics.exists() == has_analytics
-    assert not home.state.exists()
+    said = "nothing is logged yet in %s\n" % home.analytics
+    assert result == Result(0, said.encode("utf-8"), b"")
+    assert home.snapshot() == before
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -5506,8 +5517,9 @@ def test_skip_pending_without_logs_says_so(home, has_analytics):
                  "progress cannot be recorded in {home.state}: ", id="state is a folder"),
     pytest.param(replace_usage_log_by_folder,
                  "{usage_log} cannot be read (not a regular file)\n", id="log is a folder"),
-    pytest.param(remove_state_directory,
-                 "nothing is logged yet, there is no directory {home.dir}\n", id="no directory"),
+    pytest.param(replace_state_directory_by_file,
+                 "{usage_log} cannot be read (Not a directory)\n", id="directory is a file",
+                 marks=posix_only("Windows says that there is no such file")),
 ])
 def test_skip_pending_that_fails_says_why(home, change, reason):
     home.fill(1)
@@ -5646,6 +5658,7 @@ def test_verbose_says_which_event_is_left_out(home):
     begin = len(line(usage(0)))
     assert read_messages(backend) == [
         "BATCH: HTTP 422, the server refuses this body (refused)",
+        "the refused batch is sent in two halves",
         "BATCH: HTTP 200, code 0 (ok)",
         "BATCH: HTTP 422, the server refuses this body (refused)",
         "the server refuses the event at byte %d of usage.jsonl, "
@@ -6250,7 +6263,7 @@ def test_verbose_says_that_a_run_is_started_in_the_background(home, form):
         result = home.run("--background", "-v", shim=form)
         until(lambda: home.result == "ok")
 
-    assert result.err == b"secondme_sync: a run begins in the background; --status shows how it ended\n"
+    assert result.err == b"secondme_sync: started in the background; it ends at once if another run is at work\n"
     assert backend.sessions == ["s-0"]
 
 
