@@ -35,7 +35,8 @@ server can tell whose events they are.
 
 Events go in the mode that is set when they are sent. But as long as .sync-offsets is
 kept, two kinds go as anonymous, even in community mode:
-    - events that were pending when a run in anonymous mode began
+    - events that a run in anonymous mode found pending, and recorded as such before it
+      sent anything
     - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
@@ -46,9 +47,12 @@ machine, and https://localhost, never use a proxy.
 Words that this file uses:
     run      one execution of this program, above all one that sends
     batch    up to 100 events, sent in one request
-    mark     three numbers for each log: how much of it is done; the place before which
-             lines go as anonymous, for one of the two reasons above; and a checksum to
-             tell whether the log was replaced
+    mark     three numbers for each log:
+             offset           everything before it is done
+             anonymous_until  lines that begin before it go as anonymous, for one of the
+                              two reasons above
+             fingerprint      a checksum of its beginning, which tells whether the log
+                              was replaced
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
     Stop     the exception that ends a run early, with a reason
 
@@ -116,9 +120,10 @@ FINGERPRINT_BYTES = 256
 # One disk sector.
 RECORD_BYTES = 512
 
-# The result of a run that is not finished. The contract has no word for that, so its
-# word for a network error is used: after both, the next run goes on. It is recorded
-# before the first request, and stands if the run is cut short.
+# The result of a run that is not finished. It is recorded before the first request, and
+# stands if the run is cut short. The contract has no word for that, so its word for a
+# network error is used: after an unfinished run and a network error alike, the next run
+# goes on.
 UNFINISHED = "network_error"
 
 # What --status adds to some results.
@@ -182,8 +187,8 @@ FAILURES = {
 }
 
 # What a base URL must be; for re.VERBOSE, ignoring case. There is no place in it for a
-# user and a password, which would stand before the host. parse_endpoint() also refuses
-# "?" and "#".
+# user and a password, which would stand before the host. "?" and "#" would count as
+# part of the path, so parse_endpoint() looks for them.
 URL_PATTERN = r"""
     (   https:// ( [a-z0-9._-]+ | \[[0-9a-f:.]+\] )  # any host
     |   http:// ( localhost | \[::1\] | 127 (\.BYTE){3} )  # this machine
@@ -538,8 +543,8 @@ class State:
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
         # A file longer than 512 bytes is another program's. Or it holds our record and
-        # the rest of such a file, if a kill came between the two steps of write(). So
-        # try the first 512 bytes alone. If they are no JSON, try all of it.
+        # the rest of such a file, if a kill came before write() cut that off. So try
+        # the first 512 bytes alone. If they are no JSON, try all of it.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         # A broken file counts as empty, but --status names it. A blank one is empty.
@@ -596,9 +601,9 @@ class State:
         write_all(self.file, record.ljust(RECORD_BYTES - 1) + b"\n")
         if flush:
             flush_file(self.file)
-            # Another program's file may be longer. Its rest is cut off only now that
-            # our record is on the disk. (The first save of a run has flush=True, so the
-            # later ones find no rest.)
+            # Only the first save of a run can find a longer file, of another program,
+            # and it has flush=True. The rest is cut off only now that our record is on
+            # the disk.
             self.file.truncate(RECORD_BYTES)
 
 
@@ -610,7 +615,7 @@ def read_state(folder: str) -> State:
 
 @contextmanager
 def lock_state(folder: str) -> "Iterator[State]":
-    """Open .sync-offsets and lock it; raise Stop if another run has."""
+    """Open .sync-offsets and lock it; raise Stop if another run has locked it."""
     path = os.path.join(folder, ".sync-offsets")
     with stop_on_error(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -625,7 +630,7 @@ def lock_state(folder: str) -> "Iterator[State]":
 
 
 def lock_file(file: "BinaryIO") -> None:
-    """Lock a file until it is closed; raise Stop if another process holds its lock.
+    """Lock a file until it is closed; raise Stop if another process has locked it.
 
     Some network drives have no locks. There, go on without a lock. On Windows, the two
     cases cannot be told apart, so raise Stop in both.
@@ -679,7 +684,7 @@ class Log:
     """A log as it was when it was opened. Later lines are left to the next run.
 
     Only one iterator of lines() may be in use at a time, for they share the position in
-    the file. (That of read_batch() ends with each call.)
+    the file. (Each call of read_batch() makes a new one and drops it.)
 
     mode             the mode to send in, "community" or "anonymous"
     size             bytes of the log when it was opened
@@ -695,7 +700,7 @@ class Log:
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
         if self.fits(mark):
-            # It may have lost its end all the same: only its beginning is compared.
+            # Only the beginning is compared. If the log has lost its end, stop there.
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
         else:
@@ -714,25 +719,25 @@ class Log:
         """Tell whether a mark was saved for this log, as far as that can be known."""
         if mark.fingerprint is None:
             # No checksum: the mark is an older script's, or there was none. Then the
-            # only sign of another log is that it is shorter than the offset.
-            fits = mark.offset <= self.size  # type: bool
-        else:
-            fits = mark.fingerprint == self.fingerprint(mark)
-        return fits
+            # only sign of another log is that it is shorter than the offset. (bool() is
+            # for type checkers, to whom fields of a namedtuple are Any.)
+            return bool(mark.offset <= self.size)
+        end = max(mark.offset, mark.anonymous_until)
+        return bool(mark.fingerprint == self.fingerprint(end))
 
-    def fingerprint(self, mark: Mark) -> int:
-        """Return the checksum for a mark: that of up to 256 bytes of the log.
+    def fingerprint(self, end: int) -> int:
+        """Return the checksum of the log before an offset, of 256 bytes at most.
 
-        Only bytes before the larger of its two offsets count. They were in the log when
-        the mark was saved, so the checksum stays the same when the log grows. If both
-        offsets are 0, it is the checksum of no bytes, which fits any log.
+        For a mark, end is the larger of its two offsets: what is before that was in the
+        log when the mark was saved, and stays the same when the log grows. If both are
+        0, it is the checksum of no bytes, which fits any log.
         """
-        return zlib.crc32(self.head[: max(mark.offset, mark.anonymous_until)])
+        return zlib.crc32(self.head[:end])
 
     def mark(self) -> Mark:
         """Return how much of this log is done, to be saved."""
-        mark = Mark(self.offset, self.anonymous_until, None)
-        return mark._replace(fingerprint=self.fingerprint(mark))
+        end = max(self.offset, self.anonymous_until)
+        return Mark(self.offset, self.anonymous_until, self.fingerprint(end))
 
     def read_line(self, limit: int) -> bytes:
         """Return the next line, b"" at the end of the log.
@@ -742,7 +747,7 @@ class Log:
         a newline, unless the line is unfinished.
         """
         try:
-            # One byte more, for the newline.
+            # One byte more, for the newline: a line of 1 MiB and its newline fit.
             return self.file.readline(min(MAX_LINE_BYTES + 1, limit))
         except OSError as error:
             raise Stop(f"{self.name}.jsonl cannot be read ({error.strerror})") from None
@@ -823,7 +828,7 @@ def flush_logs(logs: "List[Log]") -> None:
 
 # lines: up to 100 Lines with events, all of one mode; none, if the batch covers only
 # lines that hold no event. body: what is posted; empty if there are no lines. ends: by
-# Log, the offset after the batch (in a half of split_batch(), only by some Logs).
+# Log, the offset after the batch; a Log that is missing there does not move.
 # passed_over: how many lines hold no event that can be sent, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 
@@ -930,12 +935,11 @@ def split_batch(batch: Batch, device_id: str) -> "List[Batch]":
     middle = len(batch.lines) // 2
     first = batch.lines[:middle]
     second = batch.lines[middle:]
-    # The first half ends, in each log that it has events of, behind the last of them.
-    # The second half ends where the batch ends. So it covers what is left over: lines
-    # without an event, and the end of a log that only the first half has events of.
+    # By log, the end of the last event in the first half. (Later lines overwrite
+    # earlier ones.) Lines without an event that follow belong to the second half.
     ends = {line.log: line.end for line in first}
     return [
-        Batch(first, encode_body(first, device_id), ends, 0),
+        batch._replace(lines=first, body=encode_body(first, device_id), ends=ends),
         batch._replace(lines=second, body=encode_body(second, device_id)),
     ]
 
@@ -1154,8 +1158,8 @@ class Sender:
         """Make a request over the kept connection, or else over a new one.
 
         A server may close a kept connection at any moment, even while it is written to.
-        In that case, the request is made once more. (In rare cases, the server has
-        accepted the first one, too.)
+        If that happens and no answer has come, the request is made once more, over a
+        new connection. (In rare cases, the server has accepted the first one, too.)
         """
         import socket
 
@@ -1191,9 +1195,9 @@ class Sender:
             "User-Agent": "secondme_sync/" + VERSION,
         }
         try:
-            # http.client sends what has a read() in blocks of 8 KiB, each with a time
-            # limit of its own. Bytes would go out in one sendall(), with one limit for
-            # all of them.
+            # http.client sends a file object in blocks of 8 KiB, each with a time limit
+            # of its own. Bytes would go out in one sendall(), with one limit for all of
+            # them.
             self.connection.request("POST", self.path, io.BytesIO(body), headers)
         except OSError:
             response = self.read_early_response()
@@ -1206,8 +1210,8 @@ class Sender:
         """Return an answer that came before the whole body was sent, None for none.
 
         Many gateways answer early, and close the connection, which ends the sending.
-        Their answer counts as any other does. To http.client, the request is complete
-        once its headers are sent, so it reads the answer.
+        Their answer counts as any other does. http.client can read it, though the body
+        is not sent: to it, a request is complete once its headers are.
         """
         import http.client
 
@@ -1269,13 +1273,16 @@ def read_body(reply: "HTTPResponse") -> bytes:
     import http.client
 
     with suppress(OSError, http.client.HTTPException):
-        data = reply.read(MAX_SMALL_BYTES + 1)
-        # If the connection breaks, read() raises for a chunked body. For others it does
-        # not, but length says how many bytes are still to come. (It is 0 if none are,
-        # None if the server has announced no length.)
+        # readinto() fills this, unless the body ends before. (Not read(), which would
+        # take all memory in Python 3.10 if a chunk claims to have -1 bytes.)
+        data = bytearray(MAX_SMALL_BYTES + 1)
+        size = reply.readinto(data)
+        # If the connection breaks, readinto() raises for a chunked body. For others it
+        # does not, but length is the number of announced bytes that have not come. (It
+        # is None if the server has announced none.)
         is_cut_off = bool(reply.length)
-        if len(data) <= MAX_SMALL_BYTES and not is_cut_off:
-            return data
+        if size <= MAX_SMALL_BYTES and not is_cut_off:
+            return bytes(data[:size])
     return b""
 
 
@@ -1298,7 +1305,7 @@ def check_prerequisites(run: Run) -> None:
             has_lines = next(log.lines(log.offset), None) is not None
             # An earlier run may have been cut short after its last batch. Then the mark
             # says that all is done, but completed (see State) does not. Nothing is to
-            # be sent, but "ok" is to be recorded.
+            # be sent, but "ok" is to be recorded, which makes them equal.
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_unreadable() or "nothing is pending")
@@ -1309,17 +1316,17 @@ class Delivery:
 
     An event that the server refuses, even alone, is left out for good. But that takes
     proof that the event is at fault, and not the server:
-        - If an earlier part of the same batch was accepted, it is left out at once.
-        - Otherwise it is held. If the next request is accepted, it is left out. If
-          another event is refused alone before that, or if nothing follows, the run
-          ends, and the event stays pending.
-    Each accepted request proves one event. For example, if the server refuses the first
-    of three: [1 2 3] [1] is held, [2 3] is accepted, 1 is left out.
+        - If an earlier part of the same batch was accepted, the event is left out at
+          once. Each part proves one event.
+        - Otherwise it is held. If the server accepts a later part or batch, it is left
+          out. If the server first refuses a second event alone, or if nothing follows,
+          the run ends, and the event stays pending.
+    For example, if the first of three is refused: [1 2 3] [1] is held, [2 3] is
+    accepted, so 1 is left out.
 
     has_proof    whether a part of this batch was accepted, and has proved nothing yet
-    held         the event that is held, as a Batch of its own, or None; never beside
-                 has_proof
-    passed_over  how many lines hold no event that can be sent
+    held         the event that is held, as a Batch of its own, or None
+    passed_over  how many lines so far hold no event that can be sent
     """
 
     def __init__(
@@ -1337,6 +1344,9 @@ class Delivery:
     def deliver(self) -> str:
         """Send all that is pending; return the result to record."""
         for batch in read_batches(get_offsets(self.logs), self.device_id):
+            if batch.passed_over:
+                self.passed_over += batch.passed_over
+                self.say(PASSED_OVER.format(self.passed_over) + " so far")
             if batch.lines:
                 # What was accepted before this batch proves nothing: the server may
                 # have begun to refuse everything.
@@ -1345,8 +1355,8 @@ class Delivery:
                 if result != "ok":
                     return result
             elif self.held is None:
-                # Else, this would pass over the held event. The next batch that is
-                # accepted covers these lines, too.
+                # There is nothing to send. (Behind a held event, this is not recorded,
+                # or the event would count as done.)
                 self.advance(batch)
         return "ok" if self.held is None else self.give_up(self.held)
 
@@ -1357,18 +1367,21 @@ class Delivery:
         on, until the event that is at fault stands alone. For example, if the server
         refuses the third of four, the requests are [1 2 3 4] [1 2] [3 4] [3] [4].
         """
-        result = self.sender.post(batch)
-        if result == "ok":
-            self.accept(batch)
-        elif result == "refused" and len(batch.lines) == 1:
-            return self.settle_refused(batch)
-        elif result == "refused":
-            self.say("the refused batch is sent in two halves")
-            for half in split_batch(batch, self.device_id):
-                result = self.send(half)
-                if result != "ok":
-                    return result
-        return result
+        parts = [batch]
+        while parts:
+            part = parts.pop(0)
+            result = self.sender.post(part)
+            if result == "refused" and len(part.lines) > 1:
+                self.say("the refused batch is sent in two halves")
+                parts = split_batch(part, self.device_id) + parts
+                continue
+            if result == "refused":
+                result = self.settle_refused(part)
+            elif result == "ok":
+                self.accept(part)
+            if result != "ok":
+                return result
+        return "ok"
 
     def accept(self, batch: Batch) -> None:
         """Record that a batch is accepted. This may prove that a held event is bad."""
@@ -1408,9 +1421,6 @@ class Delivery:
         # Not flushed, which would take time. After a power cut, the next run may send
         # again what this run has sent.
         self.state.save(self.logs, UNFINISHED, flush=False)
-        if batch.passed_over:
-            self.passed_over += batch.passed_over
-            self.say(PASSED_OVER.format(self.passed_over) + " so far")
 
 
 def describe_refused(lone: Batch) -> str:
@@ -1467,8 +1477,8 @@ def limit_time(run: Run) -> None:
 
     _thread.start_new_thread(watch, ())
     # OpenSSL may block while it holds the interpreter's lock, and then no Python thread
-    # runs. This timer needs no interpreter, and is used for its exit. The traceback
-    # that it writes before goes into the null device, which faulthandler keeps open.
+    # runs. This timer needs no interpreter. It is meant for tracebacks, but used for
+    # its exit: the traceback goes into the null device, which faulthandler keeps open.
     null = open(os.devnull, "wb")  # noqa: SIM115
     faulthandler.dump_traceback_later(run.max_time + 1, exit=True, file=null)
 
@@ -1481,8 +1491,8 @@ def sync_in_foreground(run: Run) -> None:
 
 def find_script() -> str:
     """Return the path of this script, "" if it was piped in."""
-    # If the script was piped in, __file__ is missing or "<stdin>". (That name is looked
-    # at, for a file "<stdin>" in the working directory may be anybody's.)
+    # If the script was piped in, __file__ is missing or "<stdin>". (The name is
+    # compared first: a file "<stdin>" in the working directory may be anybody's.)
     script = str(globals().get("__file__", "<stdin>"))
     if script == "<stdin>" or not os.path.isfile(script):
         return ""
@@ -1542,8 +1552,7 @@ def fork_detached(folder: str) -> bool:
     """Fork, as a daemon does. Return True in the new process, False in this one."""
     import warnings
 
-    # For type checkers, which would miss fork on Windows. The caller does not get here
-    # there.
+    # For type checkers, which would miss fork on Windows. (There, this is not called.)
     if sys.platform == "win32":
         return False
     # Python 3.12 and newer warn of a fork if there is a thread. Some machines have a
@@ -1610,7 +1619,7 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     as_anonymous = 0
     passed_over = 0
     ends = get_offsets(logs)
-    for batch in read_batches(ends, ""):
+    for batch in read_batches(get_offsets(logs), ""):
         ends = batch.ends
         passed_over += batch.passed_over
         for line in batch.lines:
@@ -1717,8 +1726,8 @@ def skip_pending(run: Run) -> None:
         pending = describe_pending(run, logs)
         flush_logs(logs)
         for log in logs:
-            # If the log ends in half a line, the other half will be no event either: a
-            # JSON object ends where its first brace is closed, which is skipped.
+            # If the log ends in half a line, the other half will be no event either:
+            # the brace that its last one closes is in the skipped half.
             log.offset = log.size
         state.save(logs, "skipped", flush=True)
     show("never to be sent: " + pending, sys.stdout)
@@ -1748,8 +1757,8 @@ switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Pyth
 uses them.
 """
 
-# If one of these actions fails, main() prints these words and the reason, even without
-# -v.
+# If one of these actions cannot be done, main() prints these words and the reason, even
+# without -v.
 EFFECTS = {
     "dry-run": "nothing would be sent",
     "skip-pending": "nothing is skipped",
@@ -1776,7 +1785,7 @@ def build_parser() -> "ArgumentParser":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # add_argument() looks up the defaults of the flags below in these.
+    # Before the flags are added: add_argument() looks up their defaults in these.
     parser.set_defaults(**NO_FLAGS._asdict())
     group = parser.add_mutually_exclusive_group()
     text = "print what would be sent, or what MODE would send; send nothing"

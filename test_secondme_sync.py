@@ -5743,8 +5743,8 @@ def test_verbose_counts_lines_passed_over(home):
     backend = home.deliver()
 
     assert read_messages(backend) == [
-        "BATCH: HTTP 200, code 0 (ok)",
         PASSED_OVER % 2 + " so far",
+        "BATCH: HTTP 200, code 0 (ok)",
         "the run ends: ok"]
 
 
@@ -5756,10 +5756,10 @@ def test_verbose_adds_up_the_lines_passed_over(home):
     backend = home.deliver()
 
     assert read_messages(backend) == [
-        "BATCH: HTTP 200, code 0 (ok)",
         PASSED_OVER % 1 + " so far",
         "BATCH: HTTP 200, code 0 (ok)",
         PASSED_OVER % 4 + " so far",
+        "BATCH: HTTP 200, code 0 (ok)",
         "the run ends: ok"]
 
 
