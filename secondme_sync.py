@@ -1346,7 +1346,7 @@ class Delivery:
         for batch in read_batches(get_offsets(self.logs), self.device_id):
             if batch.passed_over:
                 self.passed_over += batch.passed_over
-                self.say(PASSED_OVER.format(self.passed_over) + " so far")
+                self.say(PASSED_OVER.format(self.passed_over) + " in this run")
             if batch.lines:
                 # What was accepted before this batch proves nothing: the server may
                 # have begun to refuse everything.
@@ -1411,7 +1411,8 @@ class Delivery:
 
     def give_up(self, lone: Batch) -> str:
         """Return the result of a run that ends at a refused event."""
-        self.say(describe_refused(lone) + "; it stays pending, and all behind it")
+        words = "; it stays pending, and all behind it; the next run tries again"
+        self.say(describe_refused(lone) + words)
         return "server_error"
 
     def advance(self, batch: Batch) -> None:
@@ -1504,7 +1505,7 @@ def find_script() -> str:
 def sync_in_background(run: Run) -> None:
     """Sync in a process that outlives this one, if there is something to do."""
     check_prerequisites(run)
-    started = "started in the background; it ends at once if another run is at work"
+    started = "a new process goes on; --status shows the last result"
     script = find_script()
     if script and sys.executable:
         command = [sys.executable, "-I", script]
@@ -1696,7 +1697,7 @@ def dry_run(run: Run, preview: str) -> None:
             raise Stop(f"telemetry is off: {run.reason} ({hint})")
         check_prerequisites(run)
         mode = run.mode
-        text = f"would be sent in {mode} mode, to {run.endpoint().geturl()}"
+        text = f"the mode is {mode}; would be sent to {run.endpoint().geturl()}"
     else:
         text = f"a preview of {mode} mode; the mode that is set is {run.mode}"
         text += f" ({run.reason})"
@@ -1788,7 +1789,7 @@ def build_parser() -> "ArgumentParser":
     # Before the flags are added: add_argument() looks up their defaults in these.
     parser.set_defaults(**NO_FLAGS._asdict())
     group = parser.add_mutually_exclusive_group()
-    text = "print what would be sent, or what MODE would send; send nothing"
+    text = "print what would be sent; MODE: as if it were anonymous or community"
     modes = ("current", "anonymous", "community")
     group.add_argument(
         "--dry-run", dest="preview", nargs="?", const="current", choices=modes,
@@ -1810,7 +1811,7 @@ def add_options(parser: "ArgumentParser") -> None:
     add("--dir", dest="directory", metavar="DIR", help="instead of ~/.secondme")
     text = "the server, where config has no baseUrl"
     add("--base-url", metavar="URL", help=text)
-    text = "print to stderr what happens; without another flag, this sends"
+    text = "print to stderr what happens; a run sends all the same"
     add("-v", "--verbose", action="store_true", help=text)
     add("--version", action="version", version="secondme_sync " + VERSION)
 

@@ -1600,7 +1600,7 @@ def padded(session, size):
 
 def count_passed_over(backend):
     """Return how many lines the messages of a run count as passed over, in the end."""
-    pattern = re.escape(secondme_sync.PASSED_OVER).replace(r"\{\}", r"(\d+)") + " so far$"
+    pattern = re.escape(secondme_sync.PASSED_OVER).replace(r"\{\}", r"(\d+)") + " in this run$"
     found = [re.match(pattern, message) for message in backend.said]
     return ([0] + [int(match.group(1)) for match in found if match])[-1]
 
@@ -4911,15 +4911,15 @@ def test_preview_keeps_anonymous_what_was_seen_as_anonymous(home):
     # change: what differs from three pending events, flags, environment, said on stderr
     pytest.param(
         None, [], {},
-        "would be sent in community mode, to {endpoint}: " + counted(usage=2, feedback=1),
+        "the mode is community; would be sent to {endpoint}: " + counted(usage=2, feedback=1),
         id="community"),
     pytest.param(
         None, [], {"SM_TEL": "anonymous"},
-        "would be sent in anonymous mode, to {endpoint}: " + counted(usage=2, feedback=1),
+        "the mode is anonymous; would be sent to {endpoint}: " + counted(usage=2, feedback=1),
         id="anonymous"),
     pytest.param(
         lambda home: home.append("usage", b'no event\n\n{"torn'), [], {},
-        "would be sent in community mode, to {endpoint}: " + counted(usage=2, feedback=1)
+        "the mode is community; would be sent to {endpoint}: " + counted(usage=2, feedback=1)
         + "; " + PASSED_OVER % 1 + "; half-written lines: 1", id="passed over"),
     pytest.param(
         None, ["anonymous"], {},
@@ -5686,7 +5686,7 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
     assert read_messages(backend) == [
         "BATCH: HTTP 413, the server refuses this body (refused)",
         "the server refuses the event at byte 0 of usage.jsonl; "
-        "it stays pending, and all behind it",
+        "it stays pending, and all behind it; the next run tries again",
         "the run ends: server_error" + STAYS]
 
 
@@ -5743,7 +5743,7 @@ def test_verbose_counts_lines_passed_over(home):
     backend = home.deliver()
 
     assert read_messages(backend) == [
-        PASSED_OVER % 2 + " so far",
+        PASSED_OVER % 2 + " in this run",
         "BATCH: HTTP 200, code 0 (ok)",
         "the run ends: ok"]
 
@@ -5756,9 +5756,9 @@ def test_verbose_adds_up_the_lines_passed_over(home):
     backend = home.deliver()
 
     assert read_messages(backend) == [
-        PASSED_OVER % 1 + " so far",
+        PASSED_OVER % 1 + " in this run",
         "BATCH: HTTP 200, code 0 (ok)",
-        PASSED_OVER % 4 + " so far",
+        PASSED_OVER % 4 + " in this run",
         "BATCH: HTTP 200, code 0 (ok)",
         "the run ends: ok"]
 
@@ -6263,7 +6263,7 @@ def test_verbose_says_that_a_run_is_started_in_the_background(home, form):
         result = home.run("--background", "-v", shim=form)
         until(lambda: home.result == "ok")
 
-    assert result.err == b"secondme_sync: started in the background; it ends at once if another run is at work\n"
+    assert result.err == b"secondme_sync: a new process goes on; --status shows the last result\n"
     assert backend.sessions == ["s-0"]
 
 
