@@ -35,8 +35,8 @@ server can tell whose events they are.
 
 Events go in the mode that is set when they are sent. But as long as .sync-offsets is
 kept, two kinds go as anonymous, even in community mode:
-    - events that a run in anonymous mode found pending, and recorded as such before it
-      sent anything
+    - events that were pending when a run in anonymous mode began to send (it records
+      that before its first request)
     - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
@@ -60,7 +60,8 @@ Modules for the network are imported by the functions that use them: most starts
 nothing to send, and should cost little.
 
 The contract that comments below refer to is references/telemetry-sync.md of
-mindverse/second-me-skills.
+mindverse/second-me-skills. It holds a script that did the same before this one did.
+Comments call it the older script: it may be in use on the same machine.
 """
 import os
 import sys
@@ -72,10 +73,10 @@ if __name__ == "__main__":
     sys.path = [path for path in sys.path if path]
 
     # Ctrl-C ends the program at once and without a traceback. (If the parent process
-    # ignores Ctrl-C, so does this one.) There is nothing to tidy up: a kill or a power
-    # cut loses nothing. After a kill, the next run sends at most one batch again. After
-    # a power cut, the next run may send again everything that the interrupted run had
-    # sent, for only the first and the last record of a run are flushed to the disk.
+    # ignores Ctrl-C, so does this one.) There is nothing to tidy up, even after a kill:
+    # the next run goes on, and sends at most one batch again. After a power cut, the
+    # next run may send again everything that the interrupted run had sent, for only the
+    # first and the last record of a run are flushed to the disk.
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -130,10 +131,10 @@ UNFINISHED = "network_error"
 RESULT_HINTS = {
     "skipped": " (--skip-pending was used)",
     "auth_failed": " (the server does not accept the token: log in again)",
-    "server_error": " (the server refused)",
+    "server_error": " (the server did not accept the events; they stay pending)",
     UNFINISHED: (
-        " (not finished: still at work, ended early, a refused base URL, or no usable"
-        " answer)"
+        " (not finished: still at work; or ended early, as when config changes or time"
+        " is up; or no usable answer, or a refused base URL)"
     ),
 }
 
@@ -160,7 +161,7 @@ COMMUNITY_FIELDS = {
     + ("session", "user_intent", "actions_summary", "error_summary", "comment"),
 }
 FIELDS = {"anonymous": ANONYMOUS_FIELDS, "community": COMMUNITY_FIELDS}
-# Sent for a field that is absent, as the contract's script does. A field that is null
+# Sent for a field that is absent, as the older script does. A field that is null
 # is left out.
 DEFAULTS = {
     "skill": "secondme", "ts": "",
@@ -439,8 +440,8 @@ class Run:
 
         None may begin in the last third of a run. This leaves 10 of the usual 30
         seconds to a request that has begun: if the end of the run cut it short, the
-        next run would have to send it again. (Before the first request of a run, the
-        caller does not ask.)
+        next run would have to send it again. (exchange_once() does not ask before the
+        first request of a run.)
         """
         return self.deadline - self.clock() - delay >= self.max_time / 3
 
@@ -510,7 +511,7 @@ def write_all(file: "BinaryIO", data: bytes) -> None:
 
 
 def flush_file(file: "BinaryIO") -> None:
-    """Get what was written to the disk, where the file system knows how."""
+    """Flush a file to the disk (fsync), where the file system knows how."""
     try:
         os.fsync(file.fileno())
     except OSError as error:
@@ -529,9 +530,9 @@ class State:
 
     marks      what resume holds, by log. A run starts there. Marks move with every
                batch that is done.
-    completed  usage_bytes and feedback_bytes, by log. They are written for older
-               scripts, and read only for a log without a mark. As the contract has it,
-               they move only when a run has sent everything (or skipped it).
+    completed  usage_bytes and feedback_bytes, by log. They are for the older script; a
+               run starts there only if a log has no mark. As the contract has it, they
+               move only when a run has sent everything (or skipped it).
 
     The record is overwritten in place, by one write. In practice, a disk writes a
     sector whole or not at all, and a kill does not split so small a write. So a kill or
@@ -542,9 +543,9 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # A file longer than 512 bytes is another program's. Or it holds our record and
-        # the rest of such a file, if a kill came before write() cut that off. So try
-        # the first 512 bytes alone. If they are no JSON, try all of it.
+        # A longer file may be all another program's. Or it is our record in 512 bytes,
+        # and behind it the rest of a longer file, if a kill came before write() cut
+        # that off. So try the first 512 bytes alone. If they are no JSON, try all.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         # A broken file counts as empty, but --status names it. A blank one is empty.
@@ -563,10 +564,16 @@ class State:
                     get_count(mark, "fingerprint"),
                 )
             else:
-                # There is no record yet, or it is an older script's. Or no run has
+                # There is no record yet, or it is the older script's. Or no run has
                 # opened this log so far, and save() wrote null for its fingerprint. In
                 # each case, completed is all that is known.
                 self.marks[name] = Mark(self.completed[name], 0, None)
+
+    def check(self) -> None:
+        """Raise Stop if .sync-offsets cannot be read."""
+        problem = find_problem(self.path)
+        if problem:
+            raise Stop(problem)
 
     def save(self, logs: "List[Log]", result: str, flush: bool) -> None:
         """Record how much of the logs is done, and a result.
@@ -601,10 +608,9 @@ class State:
         write_all(self.file, record.ljust(RECORD_BYTES - 1) + b"\n")
         if flush:
             flush_file(self.file)
-            # Only the first save of a run can find a longer file, of another program,
-            # and it has flush=True. The rest is cut off only now that our record is on
-            # the disk.
-            self.file.truncate(RECORD_BYTES)
+        # The rest of a longer file, of another program. It is cut off only now that our
+        # record is on the disk: only the first save can find a rest, and that flushes.
+        self.file.truncate(RECORD_BYTES)
 
 
 def read_state(folder: str) -> State:
@@ -647,8 +653,8 @@ def lock_file(file: "BinaryIO") -> None:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        is_held = error.errno in (errno.EAGAIN, errno.EACCES)
-        if is_held or sys.platform == "win32":
+        is_locked = error.errno in (errno.EAGAIN, errno.EACCES)
+        if is_locked or sys.platform == "win32":
             raise Stop("another run is at work") from None
 
 
@@ -656,9 +662,9 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     """Prepare .sync-offsets for the first write, and go to its beginning."""
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
-        # If a write lengthens a file, a power cut may keep its bytes and lose the new
-        # length: half a record would be left. So the file must have 512 bytes before
-        # the old record is overwritten. Lengthen it with blanks, which JSON ignores.
+        # An old record shorter than ours. If one write overwrites it and lengthens the
+        # file, a power cut may keep the bytes and lose the new length: half a record
+        # would be left. So lengthen the file first, with blanks, which JSON ignores.
         # (An empty file has no old record to lose.)
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
@@ -700,7 +706,8 @@ class Log:
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
         if self.fits(mark):
-            # Only the beginning is compared. If the log has lost its end, stop there.
+            # Only the beginning is compared. If the log is shorter now than the offset,
+            # all of it is done.
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
         else:
@@ -718,26 +725,25 @@ class Log:
     def fits(self, mark: Mark) -> bool:
         """Tell whether a mark was saved for this log, as far as that can be known."""
         if mark.fingerprint is None:
-            # No checksum: the mark is an older script's, or there was none. Then the
+            # No checksum: the mark is the older script's, or there was none. Then the
             # only sign of another log is that it is shorter than the offset. (bool() is
             # for type checkers, to whom fields of a namedtuple are Any.)
             return bool(mark.offset <= self.size)
-        end = max(mark.offset, mark.anonymous_until)
-        return bool(mark.fingerprint == self.fingerprint(end))
+        return mark == self.make_mark(mark.offset, mark.anonymous_until)
 
-    def fingerprint(self, end: int) -> int:
-        """Return the checksum of the log before an offset, of 256 bytes at most.
+    def make_mark(self, offset: int, anonymous_until: int) -> Mark:
+        """Return a mark with the checksum that belongs to its two offsets.
 
-        For a mark, end is the larger of its two offsets: what is before that was in the
-        log when the mark was saved, and stays the same when the log grows. If both are
-        0, it is the checksum of no bytes, which fits any log.
+        The checksum is that of the first 256 bytes of the log at most, and only of
+        those before the larger offset. They were there when the mark was saved, so a
+        log that has grown since then still fits.
         """
-        return zlib.crc32(self.head[:end])
+        end = max(offset, anonymous_until)
+        return Mark(offset, anonymous_until, zlib.crc32(self.head[:end]))
 
     def mark(self) -> Mark:
         """Return how much of this log is done, to be saved."""
-        end = max(self.offset, self.anonymous_until)
-        return Mark(self.offset, self.anonymous_until, self.fingerprint(end))
+        return self.make_mark(self.offset, self.anonymous_until)
 
     def read_line(self, limit: int) -> bytes:
         """Return the next line, b"" at the end of the log.
@@ -763,7 +769,7 @@ class Log:
                 return end
 
     def lines(self, offset: int) -> "Iterator[Line]":
-        """Yield the lines from an offset on, with event None if a line has no object.
+        """Yield the lines from an offset on; event is None if a line cannot be one.
 
         The last line needs no newline if it is a whole JSON object of at most 1 MiB.
         Otherwise it is unfinished, and left to the next run.
@@ -881,7 +887,8 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
         # This is rare. Find the events that are at fault, one by one.
         lines = [line for line in batch.lines if is_encodable(line)]
         passed_over = batch.passed_over + len(batch.lines) - len(lines)
-        # This cannot fail: each of the lines has been tried.
+        # This cannot fail: each of the lines has been tried, and with more of the stack
+        # in use.
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
@@ -935,8 +942,9 @@ def split_batch(batch: Batch, device_id: str) -> "List[Batch]":
     middle = len(batch.lines) // 2
     first = batch.lines[:middle]
     second = batch.lines[middle:]
-    # By log, the end of the last event in the first half. (Later lines overwrite
-    # earlier ones.) Lines without an event that follow belong to the second half.
+    # By log, the end of its last event in the first half. (Later lines overwrite
+    # earlier ones.) If all of these are of one log, the other does not move. The second
+    # half ends where the batch ends, and so covers lines without an event in between.
     ends = {line.log: line.end for line in first}
     return [
         batch._replace(lines=first, body=encode_body(first, device_id), ends=ends),
@@ -1066,7 +1074,7 @@ def make_connection(url: "SplitResult", proxy: "Optional[Proxy]") -> "HTTPConnec
         connection = http.client.HTTPSConnection(proxy.host)
         headers = {"Proxy-Authorization": proxy.login} if proxy.login else {}
         connection.set_tunnel(url.hostname or "", url.port or 443, headers)
-    # http.client has no public way to set the time limits of connect().
+    # Public is only one time limit for all. connect() sets two, and where localhost is.
     connection._create_connection = connect  # type: ignore[attr-defined]
     return connection
 
@@ -1210,8 +1218,8 @@ class Sender:
         """Return an answer that came before the whole body was sent, None for none.
 
         Many gateways answer early, and close the connection, which ends the sending.
-        Their answer counts as any other does. http.client can read it, though the body
-        is not sent: to it, a request is complete once its headers are.
+        Their answer counts as any other does. http.client lets us read it, though the
+        body was cut off: it takes a request for sent once the headers are.
         """
         import http.client
 
@@ -1300,12 +1308,13 @@ def check_prerequisites(run: Run) -> None:
     if login_problem:
         raise Stop("not logged in: " + login_problem)
     state = read_state(run.analytics)
+    state.check()
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
             # An earlier run may have been cut short after its last batch. Then the mark
-            # says that all is done, but completed (see State) does not. Nothing is to
-            # be sent, but "ok" is to be recorded, which makes them equal.
+            # says that all is done, but the result is not "ok", and completed (see
+            # State) has not moved. Nothing is to be sent, but that is to be recorded.
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_unreadable() or "nothing is pending")
@@ -1318,14 +1327,15 @@ class Delivery:
     proof that the event is at fault, and not the server:
         - If an earlier part of the same batch was accepted, the event is left out at
           once. Each part proves one event.
-        - Otherwise it is held. If the server accepts a later part or batch, it is left
-          out. If the server first refuses a second event alone, or if nothing follows,
-          the run ends, and the event stays pending.
-    For example, if the first of three is refused: [1 2 3] [1] is held, [2 3] is
-    accepted, so 1 is left out.
+        - Otherwise it is held. If the server accepts a later part or batch, the event
+          is left out. If another event is refused alone before that, or if nothing
+          follows, the run ends, and the held event stays pending.
+    For example, the server refuses the first of three: [1 2 3] is refused; [1] is
+    refused, and held; [2 3] is accepted, so 1 is left out.
 
     has_proof    whether a part of this batch was accepted, and has proved nothing yet
-    held         the event that is held, as a Batch of its own, or None
+    held         the event that is held, as a Batch of its own, or None. Never both:
+                 what is accepted proves the held event, if there is one
     passed_over  how many lines so far hold no event that can be sent
     """
 
@@ -1371,48 +1381,42 @@ class Delivery:
         while parts:
             part = parts.pop(0)
             result = self.sender.post(part)
-            if result == "refused" and len(part.lines) > 1:
+            if result == "ok":
+                self.accept(part)
+            elif result != "refused":
+                return result
+            elif len(part.lines) > 1:
                 self.say("the refused batch is sent in two halves")
                 parts = split_batch(part, self.device_id) + parts
-                continue
-            if result == "refused":
-                result = self.settle_refused(part)
-            elif result == "ok":
-                self.accept(part)
-            if result != "ok":
-                return result
+            elif self.has_proof:
+                self.has_proof = False
+                self.leave_out(part)
+            elif self.held is None:
+                self.held = part
+            else:
+                return self.give_up(self.held)
         return "ok"
 
     def accept(self, batch: Batch) -> None:
-        """Record that a batch is accepted. This may prove that a held event is bad."""
+        """Record that a batch is accepted, and leave out the held event, if any."""
         if self.held is None:
             self.has_proof = True
         else:
+            # First, for it may be in a log that is not in this batch.
             self.leave_out(self.held)
             self.held = None
         self.advance(batch)
 
-    def settle_refused(self, lone: Batch) -> str:
-        """Leave a refused event out, or hold it; return as send() does."""
-        if self.has_proof:
-            self.has_proof = False
-            self.leave_out(lone)
-            return "ok"
-        if self.held is None:
-            self.held = lone
-            return "ok"
-        return self.give_up(self.held)
-
-    def leave_out(self, lone: Batch) -> None:
+    def leave_out(self, single: Batch) -> None:
         """Record that a refused event is done."""
         words = ", but accepts others; it is left out for good"
-        self.say(describe_refused(lone) + words)
-        self.advance(lone)
+        self.say(describe_refused(single) + words)
+        self.advance(single)
 
-    def give_up(self, lone: Batch) -> str:
-        """Return the result of a run that ends at a refused event."""
+    def give_up(self, single: Batch) -> str:
+        """Return the result of a run that ends because of the held event."""
         words = "; it stays pending, and all behind it; the next run tries again"
-        self.say(describe_refused(lone) + words)
+        self.say(describe_refused(single) + words)
         return "server_error"
 
     def advance(self, batch: Batch) -> None:
@@ -1424,9 +1428,9 @@ class Delivery:
         self.state.save(self.logs, UNFINISHED, flush=False)
 
 
-def describe_refused(lone: Batch) -> str:
+def describe_refused(single: Batch) -> str:
     """Return in words that the event of a batch is refused."""
-    line = lone.lines[0]
+    line = single.lines[0]
     place = f"byte {line.begin} of {line.log.name}.jsonl"
     return f"the server refuses the event at {place}"
 
@@ -1448,6 +1452,8 @@ def sync(run: Run) -> None:
             with closing(Sender(run)) as sender:
                 result = Delivery(run, state, logs, sender).deliver()
             rest = "" if result == "ok" else "; the rest stays pending"
+            if not sender.has_begun:
+                rest = "; there was nothing to send"
             run.say(f"the run ends: {result}{rest}")
         finally:
             state.save(logs, result, flush=True)
@@ -1473,7 +1479,7 @@ def limit_time(run: Run) -> None:
     def watch() -> None:
         never_free.acquire(timeout=run.max_time)
         # (If stderr is a full pipe, this blocks, and the timer below ends the process.)
-        run.say("time is up; what is not accepted yet stays pending")
+        run.say("the run ends: time is up; what got no answer stays pending")
         os._exit(0)
 
     _thread.start_new_thread(watch, ())
@@ -1528,9 +1534,9 @@ def start_detached(command: "List[str]", folder: str) -> None:
     from subprocess import DEVNULL, Popen
 
     if sys.platform == "win32":
-        # No DEVNULL here: with redirections, Popen lets the new process inherit
-        # handles, and a caller that reads our output to its end would wait for the new
-        # process.
+        # No DEVNULL here: with redirections, Popen lets the new process inherit all
+        # handles, our stdout too. A caller that reads it to its end would then wait for
+        # the new process.
         flags = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
         breakaway = 0x1000000  # CREATE_BREAKAWAY_FROM_JOB
         try:
@@ -1625,8 +1631,8 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
-            # In community mode, the mode of a line differs from that of its log if a
-            # mark keeps it anonymous. (In anonymous mode, it never differs.)
+            # The line begins before anonymous_until, and the log was opened in
+            # community mode. (If it was opened in anonymous mode, none differs.)
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
@@ -1660,8 +1666,8 @@ def show_status(run: Run) -> None:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
     login = "no, " + login_problem if login_problem else "a token in credentials"
-    # Nothing is sent. The mode decides which lines can be encoded, and whether to count
-    # those that are to go as anonymous.
+    # Nothing is sent. But the mode decides which fields count (a line with NaN in one
+    # of them cannot be sent), and whether lines that go as anonymous are counted.
     mode = "community" if run.mode == "off" else run.mode
     with open_logs(run, state, mode) as logs:
         pending = describe_pending(run, logs)
@@ -1697,12 +1703,15 @@ def dry_run(run: Run, preview: str) -> None:
             raise Stop(f"telemetry is off: {run.reason} ({hint})")
         check_prerequisites(run)
         mode = run.mode
-        text = f"the mode is {mode}; would be sent to {run.endpoint().geturl()}"
+        text = f"the mode is {mode}; the server is {run.endpoint().geturl()}"
     else:
         text = f"a preview of {mode} mode; the mode that is set is {run.mode}"
         text += f" ({run.reason})"
-    with open_logs(run, read_state(run.analytics), mode) as logs:
-        show(f"secondme_sync: {text}: {describe_pending(run, logs)}", sys.stderr)
+    state = read_state(run.analytics)
+    state.check()
+    with open_logs(run, state, mode) as logs:
+        text += "; pending: " + describe_pending(run, logs)
+        show("secondme_sync: " + text, sys.stderr)
         device_id = read_device_id(run.directory, mode)
         for batch in read_batches(get_offsets(logs), device_id):
             if batch.body:
@@ -1721,14 +1730,14 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet in " + run.analytics, sys.stdout)
         return
-    # Nothing is sent. In anonymous mode, describe_pending() does not say how many are
-    # to go as anonymous.
+    # Nothing is sent, so any mode would do. In this one, describe_pending() says
+    # nothing of lines that go as anonymous.
     with lock_state(run.analytics) as state, open_logs(run, state, "anonymous") as logs:
         pending = describe_pending(run, logs)
         flush_logs(logs)
         for log in logs:
-            # If the log ends in half a line, the other half will be no event either:
-            # the brace that its last one closes is in the skipped half.
+            # If the log ends in half a line, the other half will be no event. It ends
+            # with a brace that closes one in the skipped half.
             log.offset = log.size
         state.save(logs, "skipped", flush=True)
     show("never to be sent: " + pending, sys.stdout)
@@ -1746,6 +1755,7 @@ their user agreed to that, to the SecondMe backend:
 {}{}
 unless config or --base-url names another server.
 Without flags: send what is pending, and print nothing.
+--dry-run, --status, --pending and --skip-pending send nothing.
 """
 
 EPILOG = """\
@@ -1786,7 +1796,7 @@ def build_parser() -> "ArgumentParser":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # Before the flags are added: add_argument() looks up their defaults in these.
+    # This comes first: the flags that are added below take their defaults from it.
     parser.set_defaults(**NO_FLAGS._asdict())
     group = parser.add_mutually_exclusive_group()
     text = "print what would be sent; MODE: as if it were anonymous or community"

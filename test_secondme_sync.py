@@ -1047,25 +1047,28 @@ def test_root_run_leaves_state_usable_by_its_owner(open_home):
 
 # What a run says where it sends nothing, as it could not record what was accepted.
 NOT_RECORDED = "cannot be recorded"
+NOT_READ = ".sync-offsets cannot be read"
 
 needs_links = posix_only("Windows has links for administrators only")
 
 
-@pytest.mark.parametrize("make", [
-    pytest.param(lambda path: path.mkdir(), id="directory"),
-    pytest.param(lambda path: os.mkfifo(str(path)), id="FIFO",
+@pytest.mark.parametrize("make, reason", [
+    pytest.param(lambda path: path.mkdir(), NOT_READ, id="directory"),
+    pytest.param(lambda path: os.mkfifo(str(path)), NOT_READ, id="FIFO",
                  marks=posix_only("Windows has no FIFOs")),
-    pytest.param(lambda path: path.symlink_to("/dev/null"), id="device", marks=needs_links),
-    pytest.param(lambda path: path.symlink_to(path), id="link to itself", marks=needs_links),
-    pytest.param(lambda path: path.symlink_to(path.parent / "nowhere" / "x"),
+    pytest.param(lambda path: path.symlink_to("/dev/null"), NOT_READ, id="device",
+                 marks=needs_links),
+    pytest.param(lambda path: path.symlink_to(path), NOT_READ, id="link to itself",
+                 marks=needs_links),
+    pytest.param(lambda path: path.symlink_to(path.parent / "nowhere" / "x"), NOT_RECORDED,
                  id="dangling link", marks=needs_links),
 ])
-def test_unusable_state_file_means_nothing_is_sent(home, make):
+def test_unusable_state_file_means_nothing_is_sent(home, make, reason):
     sent = home.fill(2, 1)
     make(home.state)
     with home.backend() as backend:
         assert home.run() == SILENT
-        assert NOT_RECORDED in home.run("-v").err.decode("utf-8", "replace")
+        assert reason in home.run("-v").err.decode("utf-8", "replace")
         assert backend.connections == 0
 
     if os.path.isdir(str(home.state)):
@@ -4911,25 +4914,28 @@ def test_preview_keeps_anonymous_what_was_seen_as_anonymous(home):
     # change: what differs from three pending events, flags, environment, said on stderr
     pytest.param(
         None, [], {},
-        "the mode is community; would be sent to {endpoint}: " + counted(usage=2, feedback=1),
+        "the mode is community; the server is {endpoint}; pending: "
+        + counted(usage=2, feedback=1),
         id="community"),
     pytest.param(
         None, [], {"SM_TEL": "anonymous"},
-        "the mode is anonymous; would be sent to {endpoint}: " + counted(usage=2, feedback=1),
+        "the mode is anonymous; the server is {endpoint}; pending: "
+        + counted(usage=2, feedback=1),
         id="anonymous"),
     pytest.param(
         lambda home: home.append("usage", b'no event\n\n{"torn'), [], {},
-        "the mode is community; would be sent to {endpoint}: " + counted(usage=2, feedback=1)
+        "the mode is community; the server is {endpoint}; pending: "
+        + counted(usage=2, feedback=1)
         + "; " + PASSED_OVER % 1 + "; half-written lines: 1", id="passed over"),
     pytest.param(
         None, ["anonymous"], {},
-        'a preview of anonymous mode; the mode that is set is community (config says "community"): '
-        + counted(usage=2, feedback=1), id="preview"),
+        'a preview of anonymous mode; the mode that is set is community (config says "community"); '
+        "pending: " + counted(usage=2, feedback=1), id="preview"),
     pytest.param(
         None, ["community"], {"DO_NOT_TRACK": "1"},
         'a preview of community mode; the mode that is set is off (DO_NOT_TRACK is "1"; '
-        'config says "community"): '
-        + counted(usage=2, feedback=1), id="preview where off"),
+        'config says "community"); pending: ' + counted(usage=2, feedback=1),
+        id="preview where off"),
 ])
 def test_dry_run_says_what_it_prints(home, change, flags, environ, said):
     home.fill(2, 1)
@@ -5225,9 +5231,9 @@ def test_status_counts_what_goes_as_anonymous(home):
     pytest.param(answer(401), "auth_failed",
                  " (the server does not accept the token: log in again)", id="auth_failed"),
     pytest.param(answer(500), "server_error",
-                 " (the server refused)", id="server_error"),
+                 " (the server did not accept the events; they stay pending)", id="server_error"),
     pytest.param(DROP, "network_error",
-                 " (not finished: still at work, ended early, a refused base URL, or no usable answer)", id="no answer"),
+                 " (not finished: still at work; or ended early, as when config changes or time is up; or no usable answer, or a refused base URL)", id="no answer"),
 ])
 def test_status_shows_last_result_and_time(home, reply, result, hint):
     home.fill(1)
@@ -5818,27 +5824,36 @@ def test_verbose_says_that_another_run_is_at_work(home, hold):
     assert skip == Result(1, b"", b"secondme_sync: nothing is skipped: another run is at work\n")
 
 
-@pytest.mark.parametrize("path, error", [
-    # what lies in the place of .sync-offsets, the error
-    pytest.param("folder", errno.EISDIR, id="folder"),
-    pytest.param("/dev/full", errno.ENOSPC, id="full disk"),
-])
-@posix_only("Windows has other words for these errors")
-def test_verbose_says_where_progress_cannot_be_recorded(home, path, error):
+@needs_links
+def test_verbose_says_where_progress_cannot_be_recorded(home):
     home.fill(1)
-    if path == "folder":
-        home.state.mkdir()
-    elif os.path.exists(path):
-        home.state.symlink_to(path)
-    else:
-        pytest.skip("no %s here" % path)
+    home.state.symlink_to(home.analytics / "nowhere" / "x")
 
     with home.backend(default=None):
         result = home.run("-v")
 
     said = "secondme_sync: the run ends: progress cannot be recorded in %s: %s\n" % (
-        home.state, os.strerror(error))
+        home.state, os.strerror(errno.ENOENT))
     assert result == Result(0, b"", said.encode())
+
+
+@pytest.mark.parametrize("flags, words", [
+    # flags, how the message begins
+    (["-v"],                     "the run ends"),
+    (["--pending", "-v"],        "the run ends"),
+    (["--dry-run"],              "nothing would be sent"),
+    (["--dry-run", "anonymous"], "nothing would be sent"),
+])
+def test_state_that_cannot_be_read_is_named(home, flags, words):
+    """Else, --dry-run would show what was sent or skipped long ago as pending."""
+    home.fill(1)
+    home.state.mkdir()
+
+    with home.backend(default=None):
+        result = home.run(*flags)
+
+    said = "secondme_sync: %s: %s\n" % (words, NOT_REGULAR % home.state)
+    assert result == Result(0, b"no\n" if "--pending" in flags else b"", said.encode())
 
 
 def test_verbose_says_that_a_log_cannot_be_read(home, monkeypatch):
@@ -5909,7 +5924,7 @@ def test_verbose_says_that_time_is_up(home, hold):
     with home.backend(hold):
         result = home.run("-v", "--max-time", "0.5")
 
-    assert result == Result(0, b"", b"secondme_sync: time is up; what is not accepted yet stays pending\n")
+    assert result == Result(0, b"", b"secondme_sync: the run ends: time is up; what got no answer stays pending\n")
 
 
 def test_verbose_says_that_no_answer_came_in_time(home, hold, monkeypatch):
