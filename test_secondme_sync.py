@@ -6663,6 +6663,7 @@ def test_stream_that_takes_nothing_does_no_harm(home, stream, flag, kind, unbuff
     assert backend.sessions == (["s-0"] if flag == "-v" else [])
 
 
+@posix_only("there is no /dev/full")
 def test_dry_run_into_a_full_disk_says_so(home):
     home.fill(1)
 
