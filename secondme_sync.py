@@ -176,7 +176,7 @@ PASSED_OVER = "lines that hold no event and are ignored: {}"
 # that socket and ssl need no import here. (Before Python 3.10, socket.timeout had a
 # name of its own.)
 FAILURES = {
-    "gaierror": "the host was not found",
+    "gaierror": "the host, or its proxy, was not found",
     "ConnectionRefusedError": "the connection was refused",
     "timeout": "no progress for too long",
     "TimeoutError": "no progress for too long",
@@ -243,7 +243,7 @@ def find_problem(path: str) -> str:
 
 
 def decode(data: bytes, errors: str = "strict") -> str:
-    """Return the text in UTF-8 data, "" if it is something else.
+    """Return the text in UTF-8 data, "" if the data is not UTF-8.
 
     Blanks, a byte order mark, and the NULs that a power cut may leave are stripped. For
     lines of a log, errors is "replace": U+FFFD stands for what is not UTF-8.
@@ -543,9 +543,9 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # A longer file may be all another program's. Or it is our record in 512 bytes,
-        # and behind it the rest of a longer file, if a kill came before write() cut
-        # that off. So try the first 512 bytes alone. If they are no JSON, try all.
+        # A longer file is another program's. Or it begins with our record: write()
+        # overwrites the first 512 bytes and then cuts off the rest, and a kill may come
+        # in between. So try the first 512 bytes alone. If they are no JSON, try all.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         # A broken file counts as empty, but --status names it. A blank one is empty.
@@ -583,7 +583,7 @@ class State:
         """
         for log in logs:
             self.marks[log.name] = log.mark()
-            # These two results mean that no event is pending any more.
+            # After these two results, nothing of these logs is pending any more.
             if result in ("ok", "skipped"):
                 self.completed[log.name] = log.offset
         record = {name + "_bytes": self.completed[name] for name in LOGS}  # type: Any
@@ -662,9 +662,9 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     """Prepare .sync-offsets for the first write, and go to its beginning."""
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
-        # An old record shorter than ours. If one write overwrites it and lengthens the
-        # file, a power cut may keep the bytes and lose the new length: half a record
-        # would be left. So lengthen the file first, with blanks, which JSON ignores.
+        # The old record is shorter than ours. If one write overwrites it and lengthens
+        # the file, a power cut may lose the new length only: our record would be cut at
+        # the old length. So lengthen the file first, with blanks, which JSON ignores.
         # (An empty file has no old record to lose.)
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
@@ -706,8 +706,8 @@ class Log:
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
         if self.fits(mark):
-            # Only the beginning is compared. If the log is shorter now than the offset,
-            # all of it is done.
+            # Its beginning is the same. If it is shorter than the offset, its end was
+            # cut off, and all that is left is done.
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
         else:
@@ -729,21 +729,22 @@ class Log:
             # only sign of another log is that it is shorter than the offset. (bool() is
             # for type checkers, to whom fields of a namedtuple are Any.)
             return bool(mark.offset <= self.size)
-        return mark == self.make_mark(mark.offset, mark.anonymous_until)
+        checksum = self.checksum(mark.offset, mark.anonymous_until)
+        return bool(mark.fingerprint == checksum)
 
-    def make_mark(self, offset: int, anonymous_until: int) -> Mark:
-        """Return a mark with the checksum that belongs to its two offsets.
+    def checksum(self, offset: int, anonymous_until: int) -> int:
+        """Return the checksum for a mark with these two offsets.
 
-        The checksum is that of the first 256 bytes of the log at most, and only of
-        those before the larger offset. They were there when the mark was saved, so a
-        log that has grown since then still fits.
+        It is that of the first 256 bytes of the log at most, and only of those before
+        the larger offset. They were there when the mark was saved, so a log that has
+        grown since then still fits. If both are 0, any log fits.
         """
-        end = max(offset, anonymous_until)
-        return Mark(offset, anonymous_until, zlib.crc32(self.head[:end]))
+        return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
     def mark(self) -> Mark:
         """Return how much of this log is done, to be saved."""
-        return self.make_mark(self.offset, self.anonymous_until)
+        checksum = self.checksum(self.offset, self.anonymous_until)
+        return Mark(self.offset, self.anonymous_until, checksum)
 
     def read_line(self, limit: int) -> bytes:
         """Return the next line, b"" at the end of the log.
@@ -769,7 +770,7 @@ class Log:
                 return end
 
     def lines(self, offset: int) -> "Iterator[Line]":
-        """Yield the lines from an offset on; event is None if a line cannot be one.
+        """Yield the lines from an offset on; event is None if a line holds none.
 
         The last line needs no newline if it is a whole JSON object of at most 1 MiB.
         Otherwise it is unfinished, and left to the next run.
@@ -887,8 +888,8 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
         # This is rare. Find the events that are at fault, one by one.
         lines = [line for line in batch.lines if is_encodable(line)]
         passed_over = batch.passed_over + len(batch.lines) - len(lines)
-        # This cannot fail: each of the lines has been tried, and with more of the stack
-        # in use.
+        # This cannot fail: each of the lines has been tried. (Not even for lack of
+        # stack: is_encodable() uses more of it.)
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
@@ -922,13 +923,9 @@ def read_batch(starts: "Dict[Log, int]", device_id: str) -> "Optional[Batch]":
     return encode_batch(Batch(lines, b"", ends, passed_over), device_id)
 
 
-def get_offsets(logs: "List[Log]") -> "Dict[Log, int]":
-    """Return where to go on in each log."""
-    return {log: log.offset for log in logs}
-
-
-def read_batches(starts: "Dict[Log, int]", device_id: str) -> "Iterator[Batch]":
+def read_batches(logs: "List[Log]", device_id: str) -> "Iterator[Batch]":
     """Yield one batch after the other, each as read_batch() returns it."""
+    starts = {log: log.offset for log in logs}
     while True:
         batch = read_batch(starts, device_id)
         if batch is None:
@@ -942,9 +939,9 @@ def split_batch(batch: Batch, device_id: str) -> "List[Batch]":
     middle = len(batch.lines) // 2
     first = batch.lines[:middle]
     second = batch.lines[middle:]
-    # By log, the end of its last event in the first half. (Later lines overwrite
-    # earlier ones.) If all of these are of one log, the other does not move. The second
-    # half ends where the batch ends, and so covers lines without an event in between.
+    # The first half moves each log to the end of its last event there. (In ends, later
+    # lines overwrite earlier ones.) The second half moves all logs to the end of the
+    # batch, and so covers lines without an event in between, too.
     ends = {line.log: line.end for line in first}
     return [
         batch._replace(lines=first, body=encode_body(first, device_id), ends=ends),
@@ -1074,7 +1071,8 @@ def make_connection(url: "SplitResult", proxy: "Optional[Proxy]") -> "HTTPConnec
         connection = http.client.HTTPSConnection(proxy.host)
         headers = {"Proxy-Authorization": proxy.login} if proxy.login else {}
         connection.set_tunnel(url.hostname or "", url.port or 443, headers)
-    # Public is only one time limit for all. connect() sets two, and where localhost is.
+    # http.client has one time limit for everything. connect() sets one for connecting
+    # and another for each step after that, and knows where localhost is.
     connection._create_connection = connect  # type: ignore[attr-defined]
     return connection
 
@@ -1143,7 +1141,7 @@ class Sender:
                 pass
             else:
                 response = self.post_once(batch)
-        return str(response.outcome.result)
+        return str(response.outcome.result)  # str() is for type checkers
 
     def post_once(self, batch: Batch) -> Response:
         """Post a batch; raise Stop if no answer comes."""
@@ -1189,7 +1187,8 @@ class Sender:
 
     def exchange_once(self, body: bytes) -> Response:
         """Make a request over the open connection."""
-        # Before each request, for the one before it, or to connect, has taken time.
+        # Before each request: something may have changed during the one before, or
+        # while connecting.
         self.check_agreement()
         # The first request of a run begins in any case. Otherwise, a run that has
         # little time would never send any.
@@ -1312,9 +1311,9 @@ def check_prerequisites(run: Run) -> None:
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
-            # An earlier run may have been cut short after its last batch. Then the mark
-            # says that all is done, but the result is not "ok", and completed (see
-            # State) has not moved. Nothing is to be sent, but that is to be recorded.
+            # If an earlier run was cut short after its last batch, the mark says that
+            # all is done, but completed (see State) lags behind. Nothing is to be sent,
+            # but a run is needed that records "ok" and moves completed.
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_unreadable() or "nothing is pending")
@@ -1326,17 +1325,16 @@ class Delivery:
     An event that the server refuses, even alone, is left out for good. But that takes
     proof that the event is at fault, and not the server:
         - If an earlier part of the same batch was accepted, the event is left out at
-          once. Each part proves one event.
+          once. This proof is used up then, however many parts were accepted.
         - Otherwise it is held. If the server accepts a later part or batch, the event
           is left out. If another event is refused alone before that, or if nothing
           follows, the run ends, and the held event stays pending.
     For example, the server refuses the first of three: [1 2 3] is refused; [1] is
     refused, and held; [2 3] is accepted, so 1 is left out.
 
-    has_proof    whether a part of this batch was accepted, and has proved nothing yet
-    held         the event that is held, as a Batch of its own, or None. Never both:
-                 what is accepted proves the held event, if there is one
-    passed_over  how many lines so far hold no event that can be sent
+    has_proof  whether a part of this batch was accepted since the last such proof
+    held       the event that is held, as a Batch of its own, or None. Never both: what
+               is accepted proves the held event, if there is one
     """
 
     def __init__(
@@ -1349,25 +1347,27 @@ class Delivery:
         self.device_id = sender.agreement.device_id
         self.has_proof = False
         self.held = None  # type: Optional[Batch]
-        self.passed_over = 0
 
     def deliver(self) -> str:
         """Send all that is pending; return the result to record."""
-        for batch in read_batches(get_offsets(self.logs), self.device_id):
-            if batch.passed_over:
-                self.passed_over += batch.passed_over
-                self.say(PASSED_OVER.format(self.passed_over) + " in this run")
-            if batch.lines:
-                # What was accepted before this batch proves nothing: the server may
-                # have begun to refuse everything.
-                self.has_proof = False
-                result = self.send(batch)
-                if result != "ok":
-                    return result
-            elif self.held is None:
-                # There is nothing to send. (Behind a held event, this is not recorded,
-                # or the event would count as done.)
-                self.advance(batch)
+        passed_over = 0
+        try:
+            for batch in read_batches(self.logs, self.device_id):
+                passed_over += batch.passed_over
+                if batch.lines:
+                    # What was accepted before this batch proves nothing: the server may
+                    # have begun to refuse everything.
+                    self.has_proof = False
+                    result = self.send(batch)
+                    if result != "ok":
+                        return result
+                elif self.held is None:
+                    # There is nothing to send. (While an event is held, no offset must
+                    # pass it.)
+                    self.advance(batch)
+        finally:
+            if passed_over:
+                self.say(PASSED_OVER.format(passed_over))
         return "ok" if self.held is None else self.give_up(self.held)
 
     def send(self, batch: Batch) -> str:
@@ -1402,7 +1402,7 @@ class Delivery:
         if self.held is None:
             self.has_proof = True
         else:
-            # First, for it may be in a log that is not in this batch.
+            # Recorded on its own: it may be in a log that batch.ends does not name.
             self.leave_out(self.held)
             self.held = None
         self.advance(batch)
@@ -1453,6 +1453,7 @@ def sync(run: Run) -> None:
                 result = Delivery(run, state, logs, sender).deliver()
             rest = "" if result == "ok" else "; the rest stays pending"
             if not sender.has_begun:
+                # (Then the result is "ok".)
                 rest = "; there was nothing to send"
             run.say(f"the run ends: {result}{rest}")
         finally:
@@ -1625,14 +1626,14 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
     counts = dict.fromkeys(LOGS, 0)
     as_anonymous = 0
     passed_over = 0
-    ends = get_offsets(logs)
-    for batch in read_batches(get_offsets(logs), ""):
+    ends = {log: log.offset for log in logs}
+    for batch in read_batches(logs, ""):
         ends = batch.ends
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
-            # The line begins before anonymous_until, and the log was opened in
-            # community mode. (If it was opened in anonymous mode, none differs.)
+            # If the log was opened in community mode, its lines before anonymous_until
+            # differ in mode. (If it was opened in anonymous mode, none does.)
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
@@ -1642,7 +1643,7 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         notes.append(f"of these, to be sent as anonymous only: {as_anonymous}")
     if passed_over:
         notes.append(PASSED_OVER.format(passed_over))
-    # Lines end before the log does only if the last one is unfinished.
+    # What is left of a log after its last batch can only be an unfinished line.
     unfinished = sum(end < log.size for log, end in ends.items())
     if unfinished:
         notes.append(f"half-written lines: {unfinished}")
@@ -1666,8 +1667,8 @@ def show_status(run: Run) -> None:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
     login = "no, " + login_problem if login_problem else "a token in credentials"
-    # Nothing is sent. But the mode decides which fields count (a line with NaN in one
-    # of them cannot be sent), and whether lines that go as anonymous are counted.
+    # Nothing is sent, but the counts depend on the mode: a line with NaN in a field of
+    # the mode cannot be sent, and only community mode tells what goes as anonymous.
     mode = "community" if run.mode == "off" else run.mode
     with open_logs(run, state, mode) as logs:
         pending = describe_pending(run, logs)
@@ -1713,7 +1714,7 @@ def dry_run(run: Run, preview: str) -> None:
         text += "; pending: " + describe_pending(run, logs)
         show("secondme_sync: " + text, sys.stderr)
         device_id = read_device_id(run.directory, mode)
-        for batch in read_batches(get_offsets(logs), device_id):
+        for batch in read_batches(logs, device_id):
             if batch.body:
                 print_body(batch.body)
 
@@ -1730,14 +1731,15 @@ def skip_pending(run: Run) -> None:
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
         show("nothing is logged yet in " + run.analytics, sys.stdout)
         return
+    read_state(run.analytics).check()
     # Nothing is sent, so any mode would do. In this one, describe_pending() says
     # nothing of lines that go as anonymous.
     with lock_state(run.analytics) as state, open_logs(run, state, "anonymous") as logs:
         pending = describe_pending(run, logs)
         flush_logs(logs)
         for log in logs:
-            # If the log ends in half a line, the other half will be no event. It ends
-            # with a brace that closes one in the skipped half.
+            # If the log ends in half a line, the other half can be no JSON object: the
+            # brace that opens the object is in the skipped half.
             log.offset = log.size
         state.save(logs, "skipped", flush=True)
     show("never to be sent: " + pending, sys.stdout)
@@ -1799,7 +1801,7 @@ def build_parser() -> "ArgumentParser":
     # This comes first: the flags that are added below take their defaults from it.
     parser.set_defaults(**NO_FLAGS._asdict())
     group = parser.add_mutually_exclusive_group()
-    text = "print what would be sent; MODE: as if it were anonymous or community"
+    text = "print what would be sent; MODE: current (default), anonymous or community"
     modes = ("current", "anonymous", "community")
     group.add_argument(
         "--dry-run", dest="preview", nargs="?", const="current", choices=modes,

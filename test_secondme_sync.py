@@ -1602,10 +1602,10 @@ def padded(session, size):
 
 
 def count_passed_over(backend):
-    """Return how many lines the messages of a run count as passed over, in the end."""
-    pattern = re.escape(secondme_sync.PASSED_OVER).replace(r"\{\}", r"(\d+)") + " in this run$"
+    """Return how many lines the messages of a run count as passed over."""
+    pattern = re.escape(secondme_sync.PASSED_OVER).replace(r"\{\}", r"(\d+)") + "$"
     found = [re.match(pattern, message) for message in backend.said]
-    return ([0] + [int(match.group(1)) for match in found if match])[-1]
+    return sum(int(match.group(1)) for match in found if match)
 
 
 def deliver_between_neighbours(home, text):
@@ -5520,7 +5520,7 @@ def test_skip_pending_without_logs_says_so(home, remove):
 @pytest.mark.parametrize("change, reason", [
     # change: what differs from a home with 1 usage event
     pytest.param(lambda home: home.state.mkdir(),
-                 "progress cannot be recorded in {home.state}: ", id="state is a folder"),
+                 "{home.state} cannot be read (not a regular file)\n", id="state is a folder"),
     pytest.param(replace_usage_log_by_folder,
                  "{usage_log} cannot be read (not a regular file)\n", id="log is a folder"),
     pytest.param(replace_state_directory_by_file,
@@ -5749,8 +5749,8 @@ def test_verbose_counts_lines_passed_over(home):
     backend = home.deliver()
 
     assert read_messages(backend) == [
-        PASSED_OVER % 2 + " in this run",
         "BATCH: HTTP 200, code 0 (ok)",
+        PASSED_OVER % 2,
         "the run ends: ok"]
 
 
@@ -5762,10 +5762,9 @@ def test_verbose_adds_up_the_lines_passed_over(home):
     backend = home.deliver()
 
     assert read_messages(backend) == [
-        PASSED_OVER % 1 + " in this run",
         "BATCH: HTTP 200, code 0 (ok)",
-        PASSED_OVER % 4 + " in this run",
         "BATCH: HTTP 200, code 0 (ok)",
+        PASSED_OVER % 4,
         "the run ends: ok"]
 
 
@@ -5944,7 +5943,7 @@ def test_verbose_says_that_a_host_was_not_found(home, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
     assert home.sync() == [
-        "network_error at https://nowhere.test" + secondme_sync.EVENTS_PATH + ": the host was not found (gaierror)"]
+        "network_error at https://nowhere.test" + secondme_sync.EVENTS_PATH + ": the host, or its proxy, was not found (gaierror)"]
 
 
 def test_host_that_is_no_name_is_a_network_error(home, monkeypatch):
