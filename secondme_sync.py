@@ -422,12 +422,12 @@ class Run:
     ) -> None:
         self.directory = directory
         self.analytics = os.path.join(directory, "analytics")
-        self.config = read_small(os.path.join(directory, "config"))
+        config = os.path.join(directory, "config")
+        self.config = read_small(config)
         self.settings = parse_object(decode(self.config)) or {}
         self.mode, self.reason = decide_consent(self.config, environment)
         if not self.config:
-            problem = find_problem(os.path.join(directory, "config"))
-            self.reason = problem or self.reason
+            self.reason = find_problem(config) or config + " is missing or empty"
         self.base_url = base_url
         self.max_time = max_time
         self.say = say
@@ -980,7 +980,7 @@ def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
         return Outcome("network_error", "the answer is not a JSON object")
     code = answer.get("code")
     if type(code) is not int:
-        return Outcome("server_error", "the answer has no code")
+        return Outcome("server_error", "no whole number as code")
     return Outcome("server_error" if code else "ok", f"code {code}")
 
 
@@ -1840,7 +1840,7 @@ def parse_args(argv: "List[str]") -> Options:
     if options.directory == "":
         parser.error("--dir must name a directory")
     if not 0 < options.max_time <= MAX_RUN_SECONDS:
-        parser.error("--max-time must be above 0, and a day at most")
+        parser.error("--max-time must be above 0, and 86400 (a day) at most")
     if options.preview:
         options.action = "dry-run"
     # What the parser stores has the names of the fields of Options.

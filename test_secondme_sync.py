@@ -5130,7 +5130,7 @@ UNFIT_TOKEN = "CREDENTIALS holds no accessToken, or one with blanks or character
         {"mode": "off (config names no mode)"}, id="no mode"),
     pytest.param(
         lambda home: home.path_of("config").unlink(), {},
-        {"mode": "off (config is missing or empty)"}, id="no config"),
+        {"mode": "off (CONFIG is missing or empty)"}, id="no config"),
     pytest.param(
         lambda home: home.write("config", '{"telemetry": "community",}'), {},
         {"mode": "off (config is not a valid JSON object)"}, id="broken config"),
@@ -5175,7 +5175,7 @@ UNFIT_TOKEN = "CREDENTIALS holds no accessToken, or one with blanks or character
         {"pending": counted(usage=0)}, id="all is sent"),
     pytest.param(
         remove_state_directory, {},
-        {"mode": "off (config is missing or empty)",
+        {"mode": "off (CONFIG is missing or empty)",
          "login": "no, CREDENTIALS does not exist",
          "pending": counted(usage=0),
          "last sync": "never"}, id="no directory"),
@@ -5188,6 +5188,7 @@ def test_status_shows_how_things_stand(home, change, environ, shown):
     found = status(home, **environ)
     path = str(home.path_of("credentials"))
     found["login"] = found["login"].replace(path, "CREDENTIALS")
+    found["mode"] = found["mode"].replace(str(home.path_of("config")), "CONFIG")
 
     assert {label: found[label] for label in shown} == shown
 
@@ -5617,7 +5618,7 @@ STAYS = "; the rest stays pending"
                  ["BATCH: HTTP 200, code 1001 (server_error)",
                   "the run ends: server_error" + STAYS], id="code"),
     pytest.param([answer(200, {"code": "0"})],
-                 ["BATCH: HTTP 200, the answer has no code (server_error)",
+                 ["BATCH: HTTP 200, no whole number as code (server_error)",
                   "the run ends: server_error" + STAYS], id="no code"),
     pytest.param([answer(200, b"<html>")],
                  ["BATCH: HTTP 200, the answer is not a JSON object (network_error)",
@@ -6204,7 +6205,7 @@ def test_misuse_exits_with_2_and_does_nothing(home, flags):
 
 @pytest.mark.parametrize("flags, words", [
     # flags, what is said
-    (["--max-time", "0"], b"error: --max-time must be above 0, and a day at most\n"),
+    (["--max-time", "0"], b"error: --max-time must be above 0, and 86400 (a day) at most\n"),
     (["--dir", ""], b"error: --dir must name a directory\n"),
 ])
 def test_misuse_says_what_is_wrong(home, flags, words):
