@@ -33,10 +33,9 @@ of an event that each mode sends are in ANONYMOUS_FIELDS and COMMUNITY_FIELDS be
 Anonymous means fewer fields and no device id. The token goes along all the same, so the
 server can tell whose events they are.
 
-Events go in the mode that is set when they are sent. But as long as .sync-offsets is
-kept, two kinds go as anonymous, even in community mode:
-    - events that were pending when a run in anonymous mode began to send (it records
-      that before its first request)
+Events go in the mode that is set when they are sent. There are two exceptions, which
+.sync-offsets keeps in mind. Even in community mode, these go as anonymous:
+    - events that were pending when a run in anonymous mode began to send
     - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
@@ -51,8 +50,8 @@ Words that this file uses:
              offset           everything before it is done
              anonymous_until  lines that begin before it go as anonymous, for one of the
                               two reasons above
-             fingerprint      a checksum of its beginning, which tells whether the log
-                              was replaced
+             fingerprint      a checksum of the log's beginning, which tells whether the
+                              log was replaced
     record   the 512 bytes of .sync-offsets, which hold a mark for each log
     Stop     the exception that ends a run early, with a reason
 
@@ -122,9 +121,8 @@ FINGERPRINT_BYTES = 256
 RECORD_BYTES = 512
 
 # The result of a run that is not finished. It is recorded before the first request, and
-# stands if the run is cut short. The contract has no word for that, so its word for a
-# network error is used: after an unfinished run and a network error alike, the next run
-# goes on.
+# stands if the run is cut short. The contract has no word for that, so one word has two
+# meanings: unfinished, or network error. After both, the next run goes on.
 UNFINISHED = "network_error"
 
 # What --status adds to some results.
@@ -176,7 +174,6 @@ PASSED_OVER = "lines that hold no event and are ignored: {}"
 # that socket and ssl need no import here. (Before Python 3.10, socket.timeout had a
 # name of its own.)
 FAILURES = {
-    "gaierror": "the host, or its proxy, was not found",
     "ConnectionRefusedError": "the connection was refused",
     "timeout": "no progress for too long",
     "TimeoutError": "no progress for too long",
@@ -208,8 +205,8 @@ class Stop(Exception):
     """Ends a run early. The message is for people and never holds the token."""
 
 
-# Small files and JSON. What is broken or of another type counts as missing. (But in
-# decide_consent() and Run.endpoint(), a value of another type is refused.)
+# Small files and JSON. What is broken or of another type counts as missing. (But a mode
+# of another type switches telemetry off, and a baseUrl of another type ends the run.)
 
 
 def open_regular(path: str) -> "BinaryIO":
@@ -285,7 +282,8 @@ def get_count(container: "Mapping[str, Any]", key: str) -> int:
 
 # mode: "community", "anonymous" or "off". reason: in words, what decided that.
 Consent = namedtuple("Consent", "mode reason")
-# What must not change during a run: the content of config, the token, the device id.
+# What a run was begun with, and must not change: the content of config, the token, the
+# device id.
 Agreement = namedtuple("Agreement", "config token device_id")
 
 
@@ -543,9 +541,9 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # A longer file is another program's. Or it begins with our record: write()
-        # overwrites the first 512 bytes and then cuts off the rest, and a kill may come
-        # in between. So try the first 512 bytes alone. If they are no JSON, try all.
+        # Three cases. The file has 512 bytes: it is ours. It is longer, and its first
+        # 512 bytes are JSON: it is ours, and a kill came before write() could cut off
+        # the rest of an older file. Or they are not: all of it is another program's.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         # A broken file counts as empty, but --status names it. A blank one is empty.
@@ -609,7 +607,8 @@ class State:
         if flush:
             flush_file(self.file)
         # The rest of a longer file, of another program. It is cut off only now that our
-        # record is on the disk: only the first save can find a rest, and that flushes.
+        # record is on the disk: only the first save of a run can find a rest, and
+        # sync() and skip_pending() flush that.
         self.file.truncate(RECORD_BYTES)
 
 
@@ -706,12 +705,12 @@ class Log:
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
         if self.fits(mark):
-            # Its beginning is the same. If it is shorter than the offset, its end was
-            # cut off, and all that is left is done.
+            # If the log is shorter than the offset all the same, its end was cut off,
+            # and all that is left is done.
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
         else:
-            # The log was emptied or replaced, or its beginning was edited. So it is
+            # The log was replaced, or its beginning was edited or cut off. So it is
             # read from its beginning. Some of its lines may have been skipped or sent
             # as anonymous before. Nobody can tell which, so all that it holds now is
             # sent as anonymous.
@@ -736,8 +735,9 @@ class Log:
         """Return the checksum for a mark with these two offsets.
 
         It is that of the first 256 bytes of the log at most, and only of those before
-        the larger offset. They were there when the mark was saved, so a log that has
-        grown since then still fits. If both are 0, any log fits.
+        the larger offset. They were there when the mark was saved, so the checksum of a
+        log that has grown is the same, and that of another log differs. If both offsets
+        are 0, it is the checksum of nothing, which fits any log.
         """
         return zlib.crc32(self.head[: max(offset, anonymous_until)])
 
@@ -834,8 +834,10 @@ def flush_logs(logs: "List[Log]") -> None:
 # Mode Stripping.
 
 # lines: up to 100 Lines with events, all of one mode; none, if the batch covers only
-# lines that hold no event. body: what is posted; empty if there are no lines. ends: by
-# Log, the offset after the batch; a Log that is missing there does not move.
+# lines without an event that can be sent.
+# body: what is posted; empty if there are no lines.
+# ends: by Log, the offset after the batch. (split_batch() may leave out a Log, which
+# then does not move.)
 # passed_over: how many lines hold no event that can be sent, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 
@@ -888,8 +890,8 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
         # This is rare. Find the events that are at fault, one by one.
         lines = [line for line in batch.lines if is_encodable(line)]
         passed_over = batch.passed_over + len(batch.lines) - len(lines)
-        # This cannot fail: each of the lines has been tried. (Not even for lack of
-        # stack: is_encodable() uses more of it.)
+        # This cannot fail: each of the lines has been tried, one frame deeper in the
+        # stack.
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
@@ -940,8 +942,9 @@ def split_batch(batch: Batch, device_id: str) -> "List[Batch]":
     first = batch.lines[:middle]
     second = batch.lines[middle:]
     # The first half moves each log to the end of its last event there. (In ends, later
-    # lines overwrite earlier ones.) The second half moves all logs to the end of the
-    # batch, and so covers lines without an event in between, too.
+    # lines overwrite earlier ones.) The second half moves the logs as the whole batch
+    # would, and so covers lines without an event, too. For example, of three events u1
+    # and u2 in usage and f1 in feedback, the first half moves usage behind u1.
     ends = {line.log: line.end for line in first}
     return [
         batch._replace(lines=first, body=encode_body(first, device_id), ends=ends),
@@ -957,8 +960,8 @@ def split_batch(batch: Batch, device_id: str) -> "List[Batch]":
 Outcome = namedtuple("Outcome", "result words")
 # retry_after: the header, or None.
 Response = namedtuple("Response", "status retry_after outcome")
-# host: host and port. login: the value of the header Proxy-Authorization, or None.
-Proxy = namedtuple("Proxy", "host login")
+# address: host and port. authorization: the header Proxy-Authorization, or None.
+Proxy = namedtuple("Proxy", "address authorization")
 
 
 def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
@@ -1010,9 +1013,10 @@ def retry_delay(response: Response, now: float) -> "Optional[float]":
 
 
 def connect(address: "Tuple[str, int]", *_: object) -> "socket":
-    """Return a TCP connection. http.client calls this as its create_connection().
+    """Return a TCP connection; raise Stop if the host is not found.
 
-    It passes a time limit and a source address, too, which are not used.
+    http.client calls this as its create_connection(). It passes a time limit and a
+    source address, too, which are not used.
     """
     import socket
 
@@ -1021,7 +1025,10 @@ def connect(address: "Tuple[str, int]", *_: object) -> "socket":
         # A name server or hosts file could send this name (of a server or a proxy) to
         # another machine.
         host = "127.0.0.1"
-    sock = socket.create_connection((host, port), CONNECT_SECONDS)
+    try:
+        sock = socket.create_connection((host, port), CONNECT_SECONDS)
+    except socket.gaierror:
+        raise Stop(f"network_error: the host {host} was not found") from None
     sock.settimeout(IDLE_SECONDS)
     return sock
 
@@ -1068,8 +1075,10 @@ def make_connection(url: "SplitResult", proxy: "Optional[Proxy]") -> "HTTPConnec
     elif proxy is None:
         connection = http.client.HTTPSConnection(url.netloc)
     else:
-        connection = http.client.HTTPSConnection(proxy.host)
-        headers = {"Proxy-Authorization": proxy.login} if proxy.login else {}
+        connection = http.client.HTTPSConnection(proxy.address)
+        headers = {}
+        if proxy.authorization:
+            headers["Proxy-Authorization"] = proxy.authorization
         connection.set_tunnel(url.hostname or "", url.port or 443, headers)
     # http.client has one time limit for everything. connect() sets one for connecting
     # and another for each step after that, and knows where localhost is.
@@ -1109,7 +1118,8 @@ class Sender:
 
         url = run.endpoint()
         self.run = run
-        # config as it was when consent was decided: check_agreement() must see changes.
+        # Not run.read_agreement(): config may have changed since consent was decided,
+        # and then check_agreement() must see that.
         token = read_token(run.directory)
         device_id = read_device_id(run.directory, run.mode)
         self.agreement = Agreement(run.config, token, device_id)
@@ -1123,7 +1133,7 @@ class Sender:
             raise Stop(f"TLS or the proxy cannot be set up ({name})") from None
         self.server = url.geturl()
         if proxy:
-            self.server += " through the proxy " + proxy.host
+            self.server += " through the proxy " + proxy.address
 
     def close(self) -> None:
         self.connection.close()
@@ -1312,8 +1322,8 @@ def check_prerequisites(run: Run) -> None:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
             # If an earlier run was cut short after its last batch, the mark says that
-            # all is done, but completed (see State) lags behind. Nothing is to be sent,
-            # but a run is needed that records "ok" and moves completed.
+            # all is done, but completed (see State) lags behind. The older script would
+            # send again what lies between. So a run is needed that records "ok".
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_unreadable() or "nothing is pending")
@@ -1324,17 +1334,18 @@ class Delivery:
 
     An event that the server refuses, even alone, is left out for good. But that takes
     proof that the event is at fault, and not the server:
-        - If an earlier part of the same batch was accepted, the event is left out at
-          once. This proof is used up then, however many parts were accepted.
+        - If an earlier part of the same batch was accepted, and has proved nothing yet,
+          the event is left out at once.
         - Otherwise it is held. If the server accepts a later part or batch, the event
           is left out. If another event is refused alone before that, or if nothing
           follows, the run ends, and the held event stays pending.
+    What is accepted proves one event at most: the held one, if there is one, or else
+    the next that is refused alone.
     For example, the server refuses the first of three: [1 2 3] is refused; [1] is
     refused, and held; [2 3] is accepted, so 1 is left out.
 
-    has_proof  whether a part of this batch was accepted since the last such proof
-    held       the event that is held, as a Batch of its own, or None. Never both: what
-               is accepted proves the held event, if there is one
+    has_proof  whether a part of this batch was accepted that has proved nothing yet
+    held       the event that is held, as a Batch of its own, or None
     """
 
     def __init__(
@@ -1363,7 +1374,7 @@ class Delivery:
                         return result
                 elif self.held is None:
                     # There is nothing to send. (While an event is held, no offset must
-                    # pass it.)
+                    # pass it. These lines are covered by the next accepted batch.)
                     self.advance(batch)
         finally:
             if passed_over:
@@ -1453,7 +1464,7 @@ def sync(run: Run) -> None:
                 result = Delivery(run, state, logs, sender).deliver()
             rest = "" if result == "ok" else "; the rest stays pending"
             if not sender.has_begun:
-                # (Then the result is "ok".)
+                # (Then the result is "ok", for no batch had an event.)
                 rest = "; there was nothing to send"
             run.say(f"the run ends: {result}{rest}")
         finally:
@@ -1535,9 +1546,9 @@ def start_detached(command: "List[str]", folder: str) -> None:
     from subprocess import DEVNULL, Popen
 
     if sys.platform == "win32":
-        # No DEVNULL here: with redirections, Popen lets the new process inherit all
-        # handles, our stdout too. A caller that reads it to its end would then wait for
-        # the new process.
+        # No DEVNULL here: with redirections, Python 3.6 lets the new process inherit
+        # all handles, our stdout too. A caller that reads it to its end would then wait
+        # for the new process.
         flags = 0x8 | 0x200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
         breakaway = 0x1000000  # CREATE_BREAKAWAY_FROM_JOB
         try:
@@ -1667,8 +1678,8 @@ def show_status(run: Run) -> None:
         endpoint = str(stop)
     login_problem = find_login_problem(run.directory)
     login = "no, " + login_problem if login_problem else "a token in credentials"
-    # Nothing is sent, but the counts depend on the mode: a line with NaN in a field of
-    # the mode cannot be sent, and only community mode tells what goes as anonymous.
+    # Nothing is sent. If telemetry is off, count as for community mode, so that
+    # describe_pending() can tell which lines would go as anonymous even then.
     mode = "community" if run.mode == "off" else run.mode
     with open_logs(run, state, mode) as logs:
         pending = describe_pending(run, logs)
@@ -1738,8 +1749,8 @@ def skip_pending(run: Run) -> None:
         pending = describe_pending(run, logs)
         flush_logs(logs)
         for log in logs:
-            # If the log ends in half a line, the other half can be no JSON object: the
-            # brace that opens the object is in the skipped half.
+            # If the log ends in half a line, the other half is no event: it closes a
+            # brace that was opened in the skipped half.
             log.offset = log.size
         state.save(logs, "skipped", flush=True)
     show("never to be sent: " + pending, sys.stdout)
@@ -1770,9 +1781,9 @@ switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Pyth
 uses them.
 """
 
-# If one of these actions cannot be done, main() prints these words and the reason, even
-# without -v.
-EFFECTS = {
+# If one of these actions fails, main() says so even without -v. These words come before
+# the reason that a Stop gives.
+FAILED_ACTIONS = {
     "dry-run": "nothing would be sent",
     "skip-pending": "nothing is skipped",
     "status": "nothing can be shown",
@@ -1887,7 +1898,7 @@ def main(argv: "List[str]") -> int:
         perform(options)
         return 0
     except Stop as stop:
-        message = f"{EFFECTS.get(options.action, 'the run ends')}: {stop}"
+        message = f"{FAILED_ACTIONS.get(options.action, 'the run ends')}: {stop}"
     except BrokenPipeError:
         # The reader of the output, such as head, has ended.
         return 0
@@ -1896,7 +1907,7 @@ def main(argv: "List[str]") -> int:
         # error may hold the token.
         words = getattr(error, "strerror", None) or type(error).__name__
         message = f"an unexpected error ({words})"
-    if options.verbose or options.action in EFFECTS:
+    if options.verbose or options.action in FAILED_ACTIONS:
         show("secondme_sync: " + message, sys.stderr)
     if options.action == "pending":
         with suppress(Exception):
