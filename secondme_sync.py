@@ -131,8 +131,8 @@ RESULT_HINTS = {
     "auth_failed": " (the server does not accept the token: log in again)",
     "server_error": " (the server did not accept the events; they stay pending)",
     UNFINISHED: (
-        " (not finished: still at work; or ended early, as when config changes or time"
-        " is up; or no usable answer, or a refused base URL)"
+        " (not finished, for one of these reasons: it is still at work, it ended early,"
+        " config changed, there was no usable answer, the base URL is refused)"
     ),
 }
 

@@ -5234,7 +5234,7 @@ def test_status_counts_what_goes_as_anonymous(home):
     pytest.param(answer(500), "server_error",
                  " (the server did not accept the events; they stay pending)", id="server_error"),
     pytest.param(DROP, "network_error",
-                 " (not finished: still at work; or ended early, as when config changes or time is up; or no usable answer, or a refused base URL)", id="no answer"),
+                 " (not finished, for one of these reasons: it is still at work, it ended early, config changed, there was no usable answer, the base URL is refused)", id="no answer"),
 ])
 def test_status_shows_last_result_and_time(home, reply, result, hint):
     home.fill(1)
