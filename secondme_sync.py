@@ -385,7 +385,7 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
     # What stands before an "@" may be a password, and must not be shown.
     shown = json.dumps(base_url)
     if "@" in shown:
-        shown = '"...@' + shown.rpartition("@")[2]
+        shown = '"(hidden)@' + shown.rpartition("@")[2]
     raise Stop(
         f"{origin} is refused: {shown[:200]}; it must be https://HOST, or http:// with "
         "localhost, 127.x.x.x or [::1]; a port must be valid; it must have no user, "
@@ -1250,7 +1250,7 @@ class Sender:
         names = ("config", "the token", "the device id")
         for name, old, new in zip(names, self.agreement, agreement):
             if old != new:
-                raise Stop(name + " has changed")
+                raise Stop(name + " has changed; the rest stays pending")
 
     def is_reusable(self) -> bool:
         """Tell whether the connection is open and idle.

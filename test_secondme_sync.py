@@ -5265,7 +5265,7 @@ def test_user_and_password_are_never_shown(home, base_url):
 def test_refused_server_is_shown_without_its_user(home):
     home.configure(baseUrl="https://me:word@example.test/path")
 
-    assert status(home)["endpoint"].startswith('baseUrl in config is refused: "...@example.test/path"; ')
+    assert status(home)["endpoint"].startswith('baseUrl in config is refused: "(hidden)@example.test/path"; ')
 
 
 def test_long_refused_base_url_is_cut(home):
@@ -5894,10 +5894,10 @@ def test_verbose_says_that_a_log_cannot_be_read(home, monkeypatch):
     # what changes while a request is on, what -v says
     pytest.param(Home.log_out, "the token is missing", id="no token"),
     pytest.param(lambda home: home.write("credentials", {"accessToken": "new"}),
-                 "the token has changed", id="token"),
-    pytest.param(lambda home: home.configure(other=1), "config has changed", id="config"),
+                 "the token has changed; the rest stays pending", id="token"),
+    pytest.param(lambda home: home.configure(other=1), "config has changed; the rest stays pending", id="config"),
     pytest.param(lambda home: home.write(".device-id", "new"),
-                 "the device id has changed", id="device id"),
+                 "the device id has changed; the rest stays pending", id="device id"),
 ])
 def test_verbose_says_what_has_changed(home, change, words):
     home.fill(BATCH + 1)
