@@ -129,10 +129,11 @@ UNFINISHED = "network_error"
 RESULT_HINTS = {
     "skipped": " (--skip-pending was used)",
     "auth_failed": " (the server does not accept the token: log in again)",
-    "server_error": " (the server did not accept the events; they stay pending)",
+    "server_error": " (the server did not accept all events; the rest stays pending)",
     UNFINISHED: (
         " (not finished, for one of these reasons: it is still at work, it ended early,"
-        " config changed, there was no usable answer, the base URL is refused)"
+        " config, token or device id changed, no usable answer came, the base URL is"
+        " refused)"
     ),
 }
 
@@ -178,9 +179,6 @@ FAILURES = {
     "timeout": "no progress for too long",
     "TimeoutError": "no progress for too long",
     "SSLError": "TLS failed",
-    "SSLCertVerificationError": (
-        "the certificate of the server is not trusted, or is that of another host"
-    ),
     "BadStatusLine": "the answer is not HTTP",
 }
 
@@ -388,8 +386,8 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
         shown = '"(hidden)@' + shown.rpartition("@")[2]
     raise Stop(
         f"{origin} is refused: {shown[:200]}; it must be https://HOST, or http:// with "
-        "localhost, 127.x.x.x or [::1]; a port must be valid; it must have no user, "
-        'blanks, "?", "#" and no characters beyond ASCII'
+        "localhost, 127.x.x.x or [::1]; a port must be valid; there must be no user and "
+        'password, no blanks, no "?" and "#", and no characters beyond ASCII'
     )
 
 
@@ -1094,6 +1092,10 @@ def explain_failure(error: Exception) -> str:
     refusal = re.match(r"Tunnel connection failed: (\d\d\d)", str(error))
     if refusal:
         return "the proxy refused the tunnel with HTTP " + refusal.group(1)
+    # SSLCertVerificationError has OpenSSL's reason.
+    reason = getattr(error, "verify_message", "")
+    if reason:
+        return "the certificate of the server is refused: " + reason
     name = type(error).__name__
     unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH)
     if isinstance(error, OSError) and error.errno in unreachable:
@@ -1781,12 +1783,14 @@ switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Pyth
 uses them.
 """
 
-# If one of these actions fails, main() says so even without -v. These words come before
-# the reason that a Stop gives.
+# If an action fails, these words come before the reason that a Stop gives.
 FAILED_ACTIONS = {
     "dry-run": "nothing would be sent",
     "skip-pending": "nothing is skipped",
     "status": "nothing can be shown",
+    "pending": "a run would end",
+    "background": "the run ends",
+    "sync": "the run ends",
 }
 
 # Flags that take no value and name an action, and what --help says of them.
@@ -1898,7 +1902,7 @@ def main(argv: "List[str]") -> int:
         perform(options)
         return 0
     except Stop as stop:
-        message = f"{FAILED_ACTIONS.get(options.action, 'the run ends')}: {stop}"
+        message = f"{FAILED_ACTIONS[options.action]}: {stop}"
     except BrokenPipeError:
         # The reader of the output, such as head, has ended.
         return 0
@@ -1907,7 +1911,9 @@ def main(argv: "List[str]") -> int:
         # error may hold the token.
         words = getattr(error, "strerror", None) or type(error).__name__
         message = f"an unexpected error ({words})"
-    if options.verbose or options.action in FAILED_ACTIONS:
+    # Skills call these three, and nobody wants to be told.
+    is_quiet = options.action in ("sync", "background", "pending")
+    if options.verbose or not is_quiet:
         show("secondme_sync: " + message, sys.stderr)
     if options.action == "pending":
         with suppress(Exception):
