@@ -386,8 +386,8 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
         shown = '"(hidden)@' + shown.rpartition("@")[2]
     raise Stop(
         f"{origin} is refused: {shown[:200]}; it must be https://HOST, or http:// with "
-        "localhost, 127.x.x.x or [::1]; a port must be valid; there must be no user and "
-        'password, no blanks, no "?" and "#", and no characters beyond ASCII'
+        "localhost, 127.x.x.x or [::1]; a port must be valid; it must have no user, "
+        'blanks, "?", "#" and no characters beyond ASCII'
     )
 
 
