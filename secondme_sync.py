@@ -35,7 +35,7 @@ server can tell whose events they are.
 
 Events go in the mode that is set when they are sent. There are two exceptions, which
 .sync-offsets keeps in mind. Even in community mode, these go as anonymous:
-    - events that were pending when a run in anonymous mode began to send
+    - events that were pending when a run in anonymous mode began
     - events in a log that seems to be replaced or edited, for they may be old ones
 
 Environment: some variables can lower the mode or switch telemetry off; see
@@ -90,7 +90,7 @@ from collections import namedtuple
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
 
-# For type checkers, which take this as True. To import typing would take 4 ms.
+# Type checkers treat this name as True. To import typing would take 4 ms.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -121,15 +121,15 @@ FINGERPRINT_BYTES = 256
 RECORD_BYTES = 512
 
 # The result of a run that is not finished. It is recorded before the first request, and
-# stands if the run is cut short. The contract has no word for that, so one word has two
-# meanings: unfinished, or network error. After both, the next run goes on.
+# stands if the run is cut short. The contract has no word for that, so the word for a
+# network error means this, too: after both, the next run goes on.
 UNFINISHED = "network_error"
 
 # What --status adds to some results.
 RESULT_HINTS = {
     "skipped": " (--skip-pending was used)",
     "auth_failed": " (the server does not accept the token: log in again)",
-    "server_error": " (the server did not accept all events; the rest stays pending)",
+    "server_error": " (what the server did not accept stays pending)",
     UNFINISHED: (
         " (not finished, for one of these reasons: it is still at work, it ended early,"
         " config, token or device id changed, no usable answer came, the base URL is"
@@ -203,16 +203,16 @@ class Stop(Exception):
     """Ends a run early. The message is for people and never holds the token."""
 
 
-# Small files and JSON. What is broken or of another type counts as missing. (But a mode
-# of another type switches telemetry off, and a baseUrl of another type ends the run.)
+# Small files and JSON. What is broken or of another type counts as missing. (Only a
+# baseUrl of another type does not: it ends the run.)
 
 
 def open_regular(path: str) -> "BinaryIO":
     """Open a file to read; raise OSError if there is none, or no regular one."""
     # To open a FIFO would block.
     if os.path.exists(path) and not os.path.isfile(path):
-        # Callers show strerror, which OSError(text) alone would not have. There is no
-        # number for this.
+        # Callers show strerror, which OSError(text) alone would not have. No error
+        # number fits, hence 0.
         raise OSError(0, "not a regular file")
     return open(path, "rb", BUFFER_BYTES)
 
@@ -383,7 +383,8 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
     # What stands before an "@" may be a password, and must not be shown.
     shown = json.dumps(base_url)
     if "@" in shown:
-        shown = '"(hidden)@' + shown.rpartition("@")[2]
+        scheme = "https://" if shown.startswith('"https://') else ""
+        shown = f'"{scheme}(hidden)@' + shown.rpartition("@")[2]
     raise Stop(
         f"{origin} is refused: {shown[:200]}; it must be https://HOST, or http:// with "
         "localhost, 127.x.x.x or [::1]; a port must be valid; it must have no user, "
@@ -418,12 +419,13 @@ class Run:
     ) -> None:
         self.directory = directory
         self.analytics = os.path.join(directory, "analytics")
-        config = os.path.join(directory, "config")
-        self.config = read_small(config)
+        config_path = os.path.join(directory, "config")
+        self.config = read_small(config_path)
         self.settings = parse_object(decode(self.config)) or {}
         self.mode, self.reason = decide_consent(self.config, environment)
         if not self.config:
-            self.reason = find_problem(config) or config + " is missing or empty"
+            problem = find_problem(config_path)
+            self.reason = problem or config_path + " is missing or empty"
         self.base_url = base_url
         self.max_time = max_time
         self.say = say
@@ -444,7 +446,7 @@ class Run:
     def log_path(self, name: str) -> str:
         return os.path.join(self.analytics, name + ".jsonl")
 
-    def find_unreadable(self) -> str:
+    def find_log_problem(self) -> str:
         """Say that a log cannot be read, and why; "" if all can be, or do not exist."""
         for name in LOGS:
             problem = find_problem(self.log_path(name))
@@ -526,9 +528,10 @@ class State:
 
     marks      what resume holds, by log. A run starts there. Marks move with every
                batch that is done.
-    completed  usage_bytes and feedback_bytes, by log. They are for the older script; a
-               run starts there only if a log has no mark. As the contract has it, they
-               move only when a run has sent everything (or skipped it).
+    completed  usage_bytes and feedback_bytes, by log. They are for the older script.
+               Only if resume holds no mark for a log, one is made from them. As the
+               contract has it, they move only when a run has sent everything (or
+               skipped it).
 
     The record is overwritten in place, by one write. In practice, a disk writes a
     sector whole or not at all, and a kill does not split so small a write. So a kill or
@@ -539,9 +542,10 @@ class State:
         self.file = file
         self.path = path
         data = file.read(MAX_SMALL_BYTES)
-        # Three cases. The file has 512 bytes: it is ours. It is longer, and its first
-        # 512 bytes are JSON: it is ours, and a kill came before write() could cut off
-        # the rest of an older file. Or they are not: all of it is another program's.
+        # If the first 512 bytes are JSON, they are the record. It is ours, or a short
+        # one of the older script. What follows is the rest of a longer file, if a kill
+        # came before write() could cut that off. If they are not JSON, try all of the
+        # file: it is another program's.
         record = parse_object(decode(data[:RECORD_BYTES]))
         saved = record or parse_object(decode(data)) or {}
         # A broken file counts as empty, but --status names it. A blank one is empty.
@@ -579,7 +583,7 @@ class State:
         """
         for log in logs:
             self.marks[log.name] = log.mark()
-            # After these two results, nothing of these logs is pending any more.
+            # After these two results, no event in these logs is pending.
             if result in ("ok", "skipped"):
                 self.completed[log.name] = log.offset
         record = {name + "_bytes": self.completed[name] for name in LOGS}  # type: Any
@@ -604,9 +608,9 @@ class State:
         write_all(self.file, record.ljust(RECORD_BYTES - 1) + b"\n")
         if flush:
             flush_file(self.file)
-        # The rest of a longer file, of another program. It is cut off only now that our
-        # record is on the disk: only the first save of a run can find a rest, and
-        # sync() and skip_pending() flush that.
+        # Cut off the rest of a longer file, of another program, now that our record is
+        # on the disk. (Without flush, there is no rest: sync() and skip_pending() flush
+        # their first save.)
         self.file.truncate(RECORD_BYTES)
 
 
@@ -659,10 +663,10 @@ def prepare_file(file: "BinaryIO", folder: str) -> None:
     """Prepare .sync-offsets for the first write, and go to its beginning."""
     size = file.seek(0, os.SEEK_END)
     if 0 < size < RECORD_BYTES:
-        # The old record is shorter than ours. If one write overwrites it and lengthens
-        # the file, a power cut may lose the new length only: our record would be cut at
-        # the old length. So lengthen the file first, with blanks, which JSON ignores.
-        # (An empty file has no old record to lose.)
+        # A power cut may keep the bytes of a write and lose the new length of the file.
+        # Our record would be cut off at the length of the old, short one. So lengthen
+        # the file first, with blanks: JSON ignores them, and whatever a power cut does
+        # to them, the old record stays whole. (An empty file has no old record.)
         write_all(file, b" " * (RECORD_BYTES - size))
         flush_file(file)
     if size == 0:
@@ -809,7 +813,7 @@ def open_logs(run: Run, state: State, mode: str) -> "Iterator[List[Log]]":
         logs = []
         for name in LOGS:
             # A log that cannot be read is left out, and its mark stays. Callers say so,
-            # by find_problem() or find_unreadable().
+            # by find_problem() or find_log_problem().
             with suppress(OSError):
                 file = stack.enter_context(open_regular(run.log_path(name)))
                 logs.append(Log(name, file, state.marks[name], mode))
@@ -820,7 +824,8 @@ def flush_logs(logs: "List[Log]") -> None:
     """Get the logs to the disk; to be called before anything is recorded.
 
     Otherwise, a power cut might keep a record and lose the lines that it calls done.
-    Lines that are appended later would take their place, and count as done.
+    For example, if 500 bytes are done and the log has 300 afterwards, the next 200 that
+    are logged would count as done.
     """
     for log in logs:
         # Windows flushes only files that are open for writing, which these are not.
@@ -835,7 +840,7 @@ def flush_logs(logs: "List[Log]") -> None:
 # lines without an event that can be sent.
 # body: what is posted; empty if there are no lines.
 # ends: by Log, the offset after the batch. (split_batch() may leave out a Log, which
-# then does not move.)
+# then keeps its offset.)
 # passed_over: how many lines hold no event that can be sent, blank ones aside.
 Batch = namedtuple("Batch", "lines body ends passed_over")
 
@@ -888,8 +893,8 @@ def encode_batch(batch: Batch, device_id: str) -> Batch:
         # This is rare. Find the events that are at fault, one by one.
         lines = [line for line in batch.lines if is_encodable(line)]
         passed_over = batch.passed_over + len(batch.lines) - len(lines)
-        # This cannot fail: each of the lines has been tried, one frame deeper in the
-        # stack.
+        # This cannot fail: each of the lines has just been tried, and with less of the
+        # stack left.
         return Batch(lines, encode_body(lines, device_id), batch.ends, passed_over)
 
 
@@ -953,7 +958,7 @@ def split_batch(batch: Batch, device_id: str) -> "List[Batch]":
 # Send: one connection at a time, one retry for some statuses. Contract: Error Handling.
 
 # result: "ok", "auth_failed", "server_error" or "network_error", as it is recorded; or
-# "refused" if the server refuses the body, which is never recorded; see Delivery.
+# "refused" if the server refuses the body, which Delivery deals with.
 # words: what happened.
 Outcome = namedtuple("Outcome", "result words")
 # retry_after: the header, or None.
@@ -978,10 +983,10 @@ def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
     if answer is None:
         # Most likely, this is not from our server, but the login page of a public
         # network.
-        return Outcome("network_error", "the answer is not a JSON object")
+        return Outcome("network_error", "no complete JSON object of 64 KiB at most")
     code = answer.get("code")
     if type(code) is not int:
-        return Outcome("server_error", "no whole number as code")
+        return Outcome("server_error", "the answer has no whole number as code")
     return Outcome("server_error" if code else "ok", f"code {code}")
 
 
@@ -1050,7 +1055,7 @@ def find_proxy(url: "SplitResult") -> "Optional[Proxy]":
     # It is a URL, or only a host and a port.
     parts = urllib.parse.urlsplit(proxy if "://" in proxy else "//" + proxy)
     if not parts.hostname:
-        # http.client would connect to this machine.
+        # http.client would connect to this machine. (Sender makes this a Stop.)
         raise ValueError("a proxy without a host")
     login = None
     if parts.username and parts.password:
@@ -1120,8 +1125,8 @@ class Sender:
 
         url = run.endpoint()
         self.run = run
-        # Not run.read_agreement(): config may have changed since consent was decided,
-        # and then check_agreement() must see that.
+        # config as consent was decided on it. If it has changed since then, the first
+        # check_agreement() ends the run.
         token = read_token(run.directory)
         device_id = read_device_id(run.directory, run.mode)
         self.agreement = Agreement(run.config, token, device_id)
@@ -1159,17 +1164,15 @@ class Sender:
         """Post a batch; raise Stop if no answer comes."""
         import http.client
 
+        what = f"batch of {len(batch.lines)} ({batch.lines[0].mode} mode, "
+        what += f"{len(batch.body)} bytes) to {self.server}"
         try:
             response = self.exchange(batch.body)
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = explain_failure(error)
-            raise Stop(f"network_error at {self.server}: {reason}") from None
+            raise Stop(f"network_error: {what}: {reason}") from None
         result, words = response.outcome
-        mode = batch.lines[0].mode
-        self.run.say(
-            f"batch of {len(batch.lines)} ({mode} mode, {len(batch.body)} bytes) "
-            f"to {self.server}: HTTP {response.status}, {words} ({result})"
-        )
+        self.run.say(f"{what}: HTTP {response.status}, {words} ({result})")
         return response
 
     def exchange(self, body: bytes) -> Response:
@@ -1252,7 +1255,7 @@ class Sender:
         names = ("config", "the token", "the device id")
         for name, old, new in zip(names, self.agreement, agreement):
             if old != new:
-                raise Stop(name + " has changed; the rest stays pending")
+                raise Stop(name + " has changed; what is not accepted stays pending")
 
     def is_reusable(self) -> bool:
         """Tell whether the connection is open and idle.
@@ -1323,31 +1326,31 @@ def check_prerequisites(run: Run) -> None:
     with open_logs(run, state, run.mode) as logs:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
-            # If an earlier run was cut short after its last batch, the mark says that
-            # all is done, but completed (see State) lags behind. The older script would
-            # send again what lies between. So a run is needed that records "ok".
+            # If an earlier run was cut short after its last batch, nothing is left to
+            # send, but completed is behind, from where the older script would start. So
+            # a run is needed that records "ok".
             if has_lines or log.offset != state.completed[log.name]:
                 return
-    raise Stop(run.find_unreadable() or "nothing is pending")
+    raise Stop(run.find_log_problem() or "nothing is pending")
 
 
 class Delivery:
     """Sends what is pending, batch by batch, and records each batch that is accepted.
 
     An event that the server refuses, even alone, is left out for good. But that takes
-    proof that the event is at fault, and not the server:
-        - If an earlier part of the same batch was accepted, and has proved nothing yet,
-          the event is left out at once.
-        - Otherwise it is held. If the server accepts a later part or batch, the event
-          is left out. If another event is refused alone before that, or if nothing
-          follows, the run ends, and the held event stays pending.
-    What is accepted proves one event at most: the held one, if there is one, or else
-    the next that is refused alone.
-    For example, the server refuses the first of three: [1 2 3] is refused; [1] is
-    refused, and held; [2 3] is accepted, so 1 is left out.
+    proof that the event is at fault, and not the server: another part of the logs must
+    be accepted.
+        - If an earlier part of the same batch was accepted, the event is left out at
+          once. For example, [1 2] is refused, [1] is accepted, [2] is refused.
+        - Otherwise it is held. If a later part or batch is accepted, it is left out.
+          For example, [1 2] is refused, [1] is refused and held, [2] is accepted. If
+          another event is refused alone before that, or if nothing follows, the run
+          ends, and the held event stays pending.
+    An acceptance is proof for one event only.
 
-    has_proof  whether a part of this batch was accepted that has proved nothing yet
-    held       the event that is held, as a Batch of its own, or None
+    has_proof  whether a part of this batch was accepted that is not used as proof yet
+    held       the event that is held, as a Batch of its own, or None; never together
+               with has_proof
     """
 
     def __init__(
@@ -1375,9 +1378,9 @@ class Delivery:
                     if result != "ok":
                         return result
                 elif self.held is None:
-                    # There is nothing to send. (While an event is held, no offset must
-                    # pass it. These lines are covered by the next accepted batch.)
                     self.advance(batch)
+                # Else, no offset must pass the held event. These lines are covered by
+                # the next batch that is accepted.
         finally:
             if passed_over:
                 self.say(PASSED_OVER.format(passed_over))
@@ -1451,7 +1454,7 @@ def describe_refused(single: Batch) -> str:
 def sync(run: Run) -> None:
     """Send what is pending, record what was accepted. Contract: Sync Implementation."""
     check_prerequisites(run)
-    problem = run.find_unreadable()
+    problem = run.find_log_problem()
     if problem:
         # It does not hold up the other log.
         run.say(problem)
@@ -1464,7 +1467,7 @@ def sync(run: Run) -> None:
         try:
             with closing(Sender(run)) as sender:
                 result = Delivery(run, state, logs, sender).deliver()
-            rest = "" if result == "ok" else "; the rest stays pending"
+            rest = "" if result == "ok" else "; what is not accepted stays pending"
             if not sender.has_begun:
                 # (Then the result is "ok", for no batch had an event.)
                 rest = "; there was nothing to send"
@@ -1645,8 +1648,8 @@ def describe_pending(run: Run, logs: "List[Log]") -> str:
         passed_over += batch.passed_over
         for line in batch.lines:
             counts[line.log.name] += 1
-            # If the log was opened in community mode, its lines before anonymous_until
-            # differ in mode. (If it was opened in anonymous mode, none does.)
+            # The line is before anonymous_until, and the log was opened in community
+            # mode. (If it was opened in anonymous mode, there is no difference.)
             if line.mode != line.log.mode:
                 as_anonymous += 1
     problems = {name: find_problem(run.log_path(name)) for name in LOGS}
@@ -1738,7 +1741,7 @@ def skip_pending(run: Run) -> None:
     This holds as long as nobody edits the logs or deletes .sync-offsets; see "Pitfalls"
     in the README.
     """
-    problem = run.find_unreadable()
+    problem = run.find_log_problem()
     if problem:
         raise Stop(problem)
     if not any(os.path.exists(run.log_path(name)) for name in LOGS):
@@ -1751,8 +1754,8 @@ def skip_pending(run: Run) -> None:
         pending = describe_pending(run, logs)
         flush_logs(logs)
         for log in logs:
-            # If the log ends in half a line, the other half is no event: it closes a
-            # brace that was opened in the skipped half.
+            # If the log ends in half a line, the other half alone is no JSON object: it
+            # has a closing brace too many.
             log.offset = log.size
         state.save(logs, "skipped", flush=True)
     show("never to be sent: " + pending, sys.stdout)
@@ -1783,7 +1786,7 @@ switches telemetry off. https_proxy, no_proxy and SSL_CERT_FILE are used as Pyth
 uses them.
 """
 
-# If an action fails, these words come before the reason that a Stop gives.
+# If a Stop ends an action, these words come before the reason that it gives.
 FAILED_ACTIONS = {
     "dry-run": "nothing would be sent",
     "skip-pending": "nothing is skipped",
@@ -1885,7 +1888,7 @@ def perform(options: Options) -> None:
     environment = read_environment()
     run = Run(directory, environment, options.base_url, options.max_time, say)
     handlers = {
-        "dry-run": lambda run: dry_run(run, options.preview),
+        "dry-run": lambda _: dry_run(run, options.preview),
         "sync": sync_in_foreground,
         "background": sync_in_background,
         "status": show_status,

@@ -5232,7 +5232,7 @@ def test_status_counts_what_goes_as_anonymous(home):
     pytest.param(answer(401), "auth_failed",
                  " (the server does not accept the token: log in again)", id="auth_failed"),
     pytest.param(answer(500), "server_error",
-                 " (the server did not accept all events; the rest stays pending)", id="server_error"),
+                 " (what the server did not accept stays pending)", id="server_error"),
     pytest.param(DROP, "network_error",
                  " (not finished, for one of these reasons: it is still at work, it ended early, config, token or device id changed, no usable answer came, the base URL is refused)", id="no answer"),
 ])
@@ -5265,7 +5265,7 @@ def test_user_and_password_are_never_shown(home, base_url):
 def test_refused_server_is_shown_without_its_user(home):
     home.configure(baseUrl="https://me:word@example.test/path")
 
-    assert status(home)["endpoint"].startswith('baseUrl in config is refused: "(hidden)@example.test/path"; ')
+    assert status(home)["endpoint"].startswith('baseUrl in config is refused: "https://(hidden)@example.test/path"; ')
 
 
 def test_long_refused_base_url_is_cut(home):
@@ -5605,10 +5605,10 @@ def read_messages(backend):
     """Return what -v says, with BATCH for mode, size and URL of a batch, and URL for the URL."""
     url = backend.url + secondme_sync.EVENTS_PATH
     said = [text.replace(url, "URL") for text in backend.said]
-    return [re.sub(r"^batch of \d+ \(\w+ mode, \d+ bytes\) to URL", "BATCH", text) for text in said]
+    return [re.sub(r"batch of \d+ \(\w+ mode, \d+ bytes\) to URL", "BATCH", text) for text in said]
 
 
-STAYS = "; the rest stays pending"
+STAYS = "; what is not accepted stays pending"
 
 
 @pytest.mark.parametrize("script, said", [
@@ -5618,14 +5618,14 @@ STAYS = "; the rest stays pending"
                  ["BATCH: HTTP 200, code 1001 (server_error)",
                   "the run ends: server_error" + STAYS], id="code"),
     pytest.param([answer(200, {"code": "0"})],
-                 ["BATCH: HTTP 200, no whole number as code (server_error)",
+                 ["BATCH: HTTP 200, the answer has no whole number as code (server_error)",
                   "the run ends: server_error" + STAYS], id="no code"),
     pytest.param([answer(200, b"<html>")],
-                 ["BATCH: HTTP 200, the answer is not a JSON object (network_error)",
+                 ["BATCH: HTTP 200, no complete JSON object of 64 KiB at most (network_error)",
                   "the run ends: network_error" + STAYS],
                  id="no JSON"),
     pytest.param([answers.cut_off(200)],
-                 ["BATCH: HTTP 200, the answer is not a JSON object (network_error)",
+                 ["BATCH: HTTP 200, no complete JSON object of 64 KiB at most (network_error)",
                   "the run ends: network_error" + STAYS], id="half a body"),
     pytest.param([answer(302, Location="https://example.test")],
                  ["BATCH: HTTP 302, a redirect, which is not followed (server_error)",
@@ -5644,9 +5644,9 @@ STAYS = "; the rest stays pending"
                   "BATCH: HTTP 200, code 0 (ok)",
                   "the run ends: ok"], id="retry"),
     pytest.param([DROP],
-                 ["network_error at URL: no usable answer (RemoteDisconnected)"], id="no answer"),
+                 ["network_error: BATCH: no usable answer (RemoteDisconnected)"], id="no answer"),
     pytest.param([answers.no_http],
-                 ["network_error at URL: the answer is not HTTP (BadStatusLine)"], id="no HTTP"),
+                 ["network_error: BATCH: the answer is not HTTP (BadStatusLine)"], id="no HTTP"),
 ])
 def test_verbose_says_what_was_answered(home, script, said):
     home.fill(1)
@@ -5796,7 +5796,8 @@ def test_verbose_prints_to_stderr(home, flag):
                  'it must be https://HOST, or http:// with localhost, 127.x.x.x or [::1]; a port must be valid; it must have no user, blanks, "?", "#" and no '
                  'characters beyond ASCII', id="refused baseUrl"),
     pytest.param(lambda home: None,
-                 "network_error at %s: the connection was refused (ConnectionRefusedError)" % ENDPOINT,
+                 "network_error: batch of 1 (community mode, 379 bytes) to %s: the connection "
+                 "was refused (ConnectionRefusedError)" % ENDPOINT,
                  id="nothing listens"),
 ])
 def test_verbose_says_why_a_run_stops(home, change, reason):
@@ -5894,10 +5895,10 @@ def test_verbose_says_that_a_log_cannot_be_read(home, monkeypatch):
     # what changes while a request is on, what -v says
     pytest.param(Home.log_out, "the token is missing", id="no token"),
     pytest.param(lambda home: home.write("credentials", {"accessToken": "new"}),
-                 "the token has changed; the rest stays pending", id="token"),
-    pytest.param(lambda home: home.configure(other=1), "config has changed; the rest stays pending", id="config"),
+                 "the token has changed; what is not accepted stays pending", id="token"),
+    pytest.param(lambda home: home.configure(other=1), "config has changed; what is not accepted stays pending", id="config"),
     pytest.param(lambda home: home.write(".device-id", "new"),
-                 "the device id has changed; the rest stays pending", id="device id"),
+                 "the device id has changed; what is not accepted stays pending", id="device id"),
 ])
 def test_verbose_says_what_has_changed(home, change, words):
     home.fill(BATCH + 1)
@@ -5935,7 +5936,7 @@ def test_verbose_says_that_no_answer_came_in_time(home, hold, monkeypatch):
 
     name = "TimeoutError" if sys.version_info >= (3, 10) else "timeout"
     assert read_messages(backend) == [
-        "network_error at URL: no progress for too long (%s)" % name]
+        "network_error: BATCH: no progress for too long (%s)" % name]
 
 
 def test_verbose_says_that_a_host_was_not_found(home, monkeypatch):
@@ -5982,7 +5983,8 @@ def test_verbose_says_that_a_proxy_refused(home, monkeypatch):
         said = home.sync()
 
     assert said == [
-        "network_error at https://example.test" + secondme_sync.EVENTS_PATH + " through the proxy 127.0.0.1:%d: the proxy refused the "
+        "network_error: batch of 1 (community mode, 379 bytes) to https://example.test"
+        + secondme_sync.EVENTS_PATH + " through the proxy 127.0.0.1:%d: the proxy refused the "
         "tunnel with HTTP 407" % proxy.server_address[1]]
 
 
