@@ -7355,7 +7355,8 @@ def test_tables_name_each_file_and_variable():
 
 def test_url_of_the_server_is_that_of_the_script():
     url = secondme_sync.BASE_URL + secondme_sync.EVENTS_PATH
-    assert re.findall(r"with the full URL `(.*)`", README) == [url]
+    words = " ".join(README.split())
+    assert re.findall(r"with the full URL `(.*?)`", words) == [url]
     assert re.findall("Sends to (https.*), or", secondme_sync.__doc__) == [url]
 
 
