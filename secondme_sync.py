@@ -131,8 +131,8 @@ RESULT_HINTS = {
     "auth_failed": " (the server does not accept the token: log in again)",
     "server_error": " (what the server did not accept stays pending)",
     UNFINISHED: (
-        " (not finished, for one of these reasons: it is still at work, it ended early,"
-        " config, token or device id changed, no usable answer came, the base URL is"
+        " (not finished, for one of these reasons: it is still at work; it ended early;"
+        " config, token or device id changed; no usable answer came; the base URL is"
         " refused)"
     ),
 }
@@ -983,7 +983,7 @@ def classify(status: int, answer: "Optional[Dict[str, Any]]") -> Outcome:
     if answer is None:
         # Most likely, this is not from our server, but the login page of a public
         # network.
-        return Outcome("network_error", "no complete JSON object of 64 KiB at most")
+        return Outcome("network_error", "not a complete JSON object of 64 KiB at most")
     code = answer.get("code")
     if type(code) is not int:
         return Outcome("server_error", "the answer has no whole number as code")
@@ -1716,7 +1716,7 @@ def dry_run(run: Run, preview: str) -> None:
     mode = preview
     if preview == "current":
         if run.mode == "off":
-            hint = "--dry-run anonymous or --dry-run community shows what would be sent"
+            hint = "--dry-run anonymous or --dry-run community shows what it would send"
             raise Stop(f"telemetry is off: {run.reason} ({hint})")
         check_prerequisites(run)
         mode = run.mode

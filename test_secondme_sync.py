@@ -4972,7 +4972,7 @@ def test_dry_run_names_the_preview_where_telemetry_is_off(home):
 
     result = home.main("--dry-run")
 
-    assert b"(--dry-run anonymous or --dry-run community shows what would be sent)" in result.err
+    assert b"(--dry-run anonymous or --dry-run community shows what it would send)" in result.err
 
 
 def test_dry_run_counts_what_goes_as_anonymous(home):
@@ -5234,7 +5234,7 @@ def test_status_counts_what_goes_as_anonymous(home):
     pytest.param(answer(500), "server_error",
                  " (what the server did not accept stays pending)", id="server_error"),
     pytest.param(DROP, "network_error",
-                 " (not finished, for one of these reasons: it is still at work, it ended early, config, token or device id changed, no usable answer came, the base URL is refused)", id="no answer"),
+                 " (not finished, for one of these reasons: it is still at work; it ended early; config, token or device id changed; no usable answer came; the base URL is refused)", id="no answer"),
 ])
 def test_status_shows_last_result_and_time(home, reply, result, hint):
     home.fill(1)
@@ -5621,11 +5621,11 @@ STAYS = "; what is not accepted stays pending"
                  ["BATCH: HTTP 200, the answer has no whole number as code (server_error)",
                   "the run ends: server_error" + STAYS], id="no code"),
     pytest.param([answer(200, b"<html>")],
-                 ["BATCH: HTTP 200, no complete JSON object of 64 KiB at most (network_error)",
+                 ["BATCH: HTTP 200, not a complete JSON object of 64 KiB at most (network_error)",
                   "the run ends: network_error" + STAYS],
                  id="no JSON"),
     pytest.param([answers.cut_off(200)],
-                 ["BATCH: HTTP 200, no complete JSON object of 64 KiB at most (network_error)",
+                 ["BATCH: HTTP 200, not a complete JSON object of 64 KiB at most (network_error)",
                   "the run ends: network_error" + STAYS], id="half a body"),
     pytest.param([answer(302, Location="https://example.test")],
                  ["BATCH: HTTP 302, a redirect, which is not followed (server_error)",
