@@ -1431,7 +1431,7 @@ class Delivery:
 
     def give_up(self, single: Batch) -> str:
         """Return the result of a run that ends because of the held event."""
-        words = "; it stays pending, and all behind it; the next run tries again"
+        words = "; it stays pending, and all behind it (--skip-pending skips it)"
         self.say(describe_refused(single) + words)
         return "server_error"
 

@@ -5243,6 +5243,18 @@ def test_status_shows_last_result_and_time(home, reply, result, hint):
     assert status(home)["last sync"] == result + " " + home.offsets()["last_sync_ts"] + hint
 
 
+@pytest.mark.parametrize("value, shown", [
+    ("https://me:word@example.test/path", '"https://(hidden)@example.test/path"'),
+    ("http://me:word@example.test",       '"(hidden)@example.test"'),
+])
+def test_host_behind_a_hidden_password_is_shown(home, value, shown):
+    home.configure(baseUrl=value)
+
+    said = status(home)["endpoint"]
+
+    assert said.startswith("baseUrl in config is refused: %s; " % shown)
+
+
 @pytest.mark.parametrize("base_url", [
     "http://me:word@example.test", "https://me:word@example.test/path",
     "https://word@example.test",
@@ -5693,7 +5705,7 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
     assert read_messages(backend) == [
         "BATCH: HTTP 413, the server refuses this body (refused)",
         "the server refuses the event at byte 0 of usage.jsonl; "
-        "it stays pending, and all behind it; the next run tries again",
+        "it stays pending, and all behind it (--skip-pending skips it)",
         "the run ends: server_error" + STAYS]
 
 
