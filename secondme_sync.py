@@ -1052,8 +1052,10 @@ def find_proxy(url: "SplitResult") -> "Optional[Proxy]":
     proxy = urllib.request.getproxies().get("https")
     if not proxy or urllib.request.proxy_bypass(url.netloc):
         return None
-    # It is a URL, or only a host and a port.
-    parts = urllib.parse.urlsplit(proxy if "://" in proxy else "//" + proxy)
+    if "://" not in proxy and not proxy.startswith("//"):
+        # It is only a host and a port.
+        proxy = "//" + proxy
+    parts = urllib.parse.urlsplit(proxy)
     if not parts.hostname:
         # http.client would connect to this machine. (Sender makes this a Stop.)
         raise ValueError("a proxy without a host")

@@ -3333,12 +3333,13 @@ def test_no_proxy_is_honoured(home, tls_backend, no_proxy, tunnels):
     assert len(proxy.heads) == tunnels
 
 
-def test_proxy_without_a_scheme_is_used(home, tls_backend):
+@pytest.mark.parametrize("begin", ["", "//"])
+def test_proxy_without_a_scheme_is_used(home, tls_backend, begin):
     sent = home.fill(1)
     home.configure(baseUrl=tls_backend.url)
 
     with Proxy() as proxy:
-        url = proxy.url().replace("http://", "")
+        url = proxy.url().replace("http://", begin)
         home.run(https_proxy=url, no_proxy="", SSL_CERT_FILE=CERTIFICATE)
 
     assert tls_backend.sessions == sent
@@ -3631,6 +3632,22 @@ def test_refused_event_stays_pending_before_lines_without_events(home):
 
     assert home.result == "server_error"
     assert home.deliver().sessions == ["s-0"]
+    home.assert_done()
+
+
+@pytest.mark.parametrize("reply, result", [
+    pytest.param(answer(401), "auth_failed", id="401"),
+    pytest.param(answer(500), "server_error", id="500"),
+    pytest.param(DROP, "network_error", id="no answer"),
+])
+def test_refused_event_stays_pending_where_the_run_ends_before_a_proof(home, reply, result):
+    logged = home.fill(4)
+
+    backend = home.deliver(answer(400), answer(400), answer(400), reply)
+
+    assert backend.sizes == [4, 2, 1, 1]
+    assert home.result == result
+    assert home.deliver().sessions == logged
     home.assert_done()
 
 
