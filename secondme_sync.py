@@ -44,7 +44,7 @@ Proxies and certificates are used as Python's urllib uses them. But http to this
 machine, and https://localhost, never use a proxy.
 
 Words that this file uses:
-    run      one execution of this program, above all one that sends
+    run      one execution of this program that is meant to send
     batch    up to 100 events, sent in one request
     mark     three numbers for each log:
              offset           everything before it is done
@@ -240,8 +240,8 @@ def find_problem(path: str) -> str:
 def decode(data: bytes, errors: str = "strict") -> str:
     """Return the text in UTF-8 data, "" if the data is not UTF-8.
 
-    Blanks, a byte order mark, and the NULs that a power cut may leave are stripped. For
-    lines of a log, errors is "replace": U+FFFD stands for what is not UTF-8.
+    Blanks, a byte order mark, and the NULs that a power cut may leave are stripped. If
+    errors is "replace", U+FFFD stands for what is not UTF-8.
     """
     try:
         return data.decode("utf-8", errors).strip("\ufeff\0 \t\r\n")
@@ -394,6 +394,8 @@ def parse_endpoint(base_url: object, origin: str) -> "SplitResult":
 
 class Run:
     """One execution of this program: where it works, what is agreed to, its time.
+
+    Actions that send nothing have one, too.
 
     directory  the state directory, an absolute path
     analytics  the directory of the logs and of .sync-offsets
@@ -707,8 +709,8 @@ class Log:
         self.size = os.fstat(file.fileno()).st_size
         self.head = file.read(FINGERPRINT_BYTES)
         if self.fits(mark):
-            # If the log is shorter than the offset all the same, its end was cut off,
-            # and all that is left is done.
+            # The beginning fits, but the end may have been cut off. Then all that is
+            # left is done.
             self.offset = min(mark.offset, self.size)
             self.anonymous_until = min(mark.anonymous_until, self.size)
         else:
@@ -824,8 +826,8 @@ def flush_logs(logs: "List[Log]") -> None:
     """Get the logs to the disk; to be called before anything is recorded.
 
     Otherwise, a power cut might keep a record and lose the lines that it calls done.
-    For example, if 500 bytes are done and the log has 300 afterwards, the next 200 that
-    are logged would count as done.
+    For example, if 500 bytes are done, the log has 300 afterwards, and 200 more are
+    logged before the next run, these 200 would count as done.
     """
     for log in logs:
         # Windows flushes only files that are open for writing, which these are not.
@@ -1329,8 +1331,8 @@ def check_prerequisites(run: Run) -> None:
         for log in logs:
             has_lines = next(log.lines(log.offset), None) is not None
             # If an earlier run was cut short after its last batch, nothing is left to
-            # send, but completed is behind, from where the older script would start. So
-            # a run is needed that records "ok".
+            # send, but completed, from which the older script would start, has not
+            # moved. So a run is needed that records "ok".
             if has_lines or log.offset != state.completed[log.name]:
                 return
     raise Stop(run.find_log_problem() or "nothing is pending")
@@ -1381,8 +1383,8 @@ class Delivery:
                         return result
                 elif self.held is None:
                     self.advance(batch)
-                # Else, no offset must pass the held event. These lines are covered by
-                # the next batch that is accepted.
+                # (While an event is held, log.offset must not pass it. These lines are
+                # not lost: the ends of the next accepted batch lie behind them.)
         finally:
             if passed_over:
                 self.say(PASSED_OVER.format(passed_over))
@@ -1433,7 +1435,7 @@ class Delivery:
 
     def give_up(self, single: Batch) -> str:
         """Return the result of a run that ends because of the held event."""
-        words = "; it stays pending, and all behind it (--skip-pending skips it)"
+        words = "; it stays pending, and all behind it (--skip-pending skips them all)"
         self.say(describe_refused(single) + words)
         return "server_error"
 

@@ -5719,7 +5719,7 @@ def test_verbose_says_which_refused_event_is_still_pending(home):
     assert read_messages(backend) == [
         "BATCH: HTTP 413, the server refuses this body (refused)",
         "the server refuses the event at byte 0 of usage.jsonl; "
-        "it stays pending, and all behind it (--skip-pending skips it)",
+        "it stays pending, and all behind it (--skip-pending skips them all)",
         "the run ends: server_error" + STAYS]
 
 
